@@ -1,0 +1,162 @@
+"""Weights of a GGUF file under Hugging Face names, dequantized.
+
+llama.cpp's converter reorders the rows of ``q_proj`` and ``k_proj`` of the ``llama`` family (Mistral included) so that rotary
+pairs are neighbours; that is undone here. Other families (Qwen) are stored as they were.
+"""
+
+import math
+import mmap
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf.constants import GGMLQuantizationType as Type
+
+from vllm_model.loaders.gguf_file import GgufHeader, GgufTensor, read_gguf_header
+from vllm_traits.errors import ModelLoadError, UnsupportedModelError, WeightsError
+
+_PLAIN: Final = {Type.F32: np.dtype("<f4"), Type.F16: np.dtype("<f2")}
+SUPPORTED_TYPES: Final = (
+    *(Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0),
+    *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K),
+)
+PERMUTED_ARCHITECTURES: Final = frozenset({"llama", "mistral", "mistral3"})
+
+_TOP: Final = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_PART: Final = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS: Final = "rope_freqs.weight"
+"""Not a weight: the divisors of Llama 3's rotary frequencies, which the configuration takes in."""
+
+
+def hf_name(name: str) -> str | None:
+    """The Hugging Face name of llama.cpp's ``name``; None where there is none."""
+    if name in _TOP:
+        return _TOP[name]
+    parts = name.split(".")
+    if len(parts) != 4 or parts[0] != "blk" or not parts[1].isdecimal() or parts[2] not in _PART:
+        return None
+    return f"model.layers.{int(parts[1])}.{_PART[parts[2]]}.{parts[3]}"
+
+
+def load_gguf(
+    path: Path, expected: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The tensors ``expected`` (Hugging Face name to shape) of a GGUF file, as ``dtype`` on ``device``.
+
+    Raises:
+        UnsupportedModelError: A tensor is stored in a type that cannot be read; the message lists those that can.
+        WeightsError: A tensor is missing, surplus or misshapen.
+        ModelLoadError: The file cannot be read.
+    """
+    header = read_gguf_header(path)
+    chosen = _match(header, expected, path)
+    weights: dict[str, torch.Tensor] = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for name, tensor in chosen.items():
+            values = torch.from_numpy(_unpermuted(name, read_tensor(data, tensor), header))
+            weights[name] = values.to(device=device, dtype=dtype)
+    return weights
+
+
+def read_tensor(data: mmap.mmap, tensor: GgufTensor) -> npt.NDArray[np.float32]:
+    """The values of one tensor, float32 of ``tensor.shape``, in memory of their own.
+
+    Raises:
+        UnsupportedModelError: The type is not one of ``SUPPORTED_TYPES``.
+    """
+    _check_type(tensor)
+    if tensor.type in _PLAIN:
+        plain = np.frombuffer(data, _PLAIN[tensor.type], math.prod(tensor.shape), tensor.start)
+        return plain.astype(np.float32).reshape(tensor.shape)
+    # Copied out, so that no view of the mapping outlives it.
+    raw = np.frombuffer(data[tensor.start : tensor.start + tensor.num_bytes], np.uint8)
+    if tensor.type == Type.BF16:
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+    if tensor.type in (Type.Q4_0, Type.Q4_1, Type.Q8_0):
+        return _dequantize_simple(raw, tensor.type).reshape(tensor.shape)
+    from gguf.quants import dequantize  # here, for it takes a while to import
+
+    rows = raw.reshape(math.prod(tensor.shape[:-1]), -1)  # [num_rows, bytes_per_row]
+    return np.ascontiguousarray(dequantize(rows, tensor.type), np.float32).reshape(tensor.shape)
+
+
+def _dequantize_simple(raw: npt.NDArray[np.uint8], kind: Type) -> npt.NDArray[np.float32]:
+    """Blocks of 32 values with one scale (and, Q4_1, one minimum): what small models come in, several times faster than
+    the library's general path."""
+    scale_bytes = 4 if kind == Type.Q4_1 else 2
+    blocks = torch.from_numpy(raw.copy()).view(-1, scale_bytes + (32 if kind == Type.Q8_0 else 16))
+    scales = blocks[:, :scale_bytes].contiguous().view(torch.float16).float()  # [num_blocks, 1 or 2]
+    quants = blocks[:, scale_bytes:]
+    out = torch.empty(len(blocks), 32)
+    if kind == Type.Q8_0:
+        torch.mul(quants.contiguous().view(torch.int8), scales, out=out)
+        return out.numpy()
+    out[:, :16] = quants & 0x0F
+    out[:, 16:] = quants >> 4
+    if kind == Type.Q4_0:
+        return out.sub_(8.0).mul_(scales).numpy()
+    return out.mul_(scales[:, :1]).add_(scales[:, 1:]).numpy()
+
+
+def _match(header: GgufHeader, expected: dict[str, tuple[int, ...]], path: Path) -> dict[str, GgufTensor]:
+    """Every expected tensor with its entry; shapes, types and completeness are checked before anything is allocated."""
+    found: dict[str, GgufTensor] = {}
+    for tensor in header.tensors.values():
+        name = hf_name(tensor.name)
+        if name == "lm_head.weight" and name not in expected:
+            continue  # a tied head stored a second time
+        if tensor.name == ROPE_FACTORS:
+            continue
+        if name is None or name not in expected:
+            raise WeightsError(f"{path}: tensor {tensor.name!r} is surplus: the configuration has no place for it.")
+        if tensor.shape != tuple(expected[name]):
+            raise WeightsError(
+                f"{path}: tensor {tensor.name!r} ({name}) has shape {tensor.shape}; the configuration says {expected[name]}."
+            )
+        _check_type(tensor)
+        found[name] = tensor
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise WeightsError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} missing in all).")
+    return {name: found[name] for name in expected}
+
+
+def _check_type(tensor: GgufTensor) -> None:
+    if tensor.type not in SUPPORTED_TYPES:
+        known = ", ".join(kind.name for kind in SUPPORTED_TYPES)
+        raise UnsupportedModelError(
+            f"Tensor {tensor.name!r} is stored as {tensor.type.name}, which is not supported. Supported: {known}."
+        )
+
+
+def _unpermuted(name: str, values: npt.NDArray[np.float32], header: GgufHeader) -> npt.NDArray[np.float32]:
+    """Rows ``[head, pair, half]`` as llama.cpp stores them back to ``[head, half, pair]``."""
+    if header.architecture not in PERMUTED_ARCHITECTURES or ".q_proj." not in name and ".k_proj." not in name:
+        return values
+    key = f"{header.architecture}.attention.head_count"
+    heads = header.metadata.get(key)
+    if ".k_proj." in name:
+        heads = header.metadata.get(key + "_kv", heads)
+    rows = values.shape[0]
+    if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
+        raise ModelLoadError(f"{name} has {rows} rows, which {heads!r} heads ({key}) cannot share out evenly.")
+    paired = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
+    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)
