@@ -6,6 +6,7 @@ import pytest
 
 from vllm_traits import Batch, conformance
 from vllm_traits.batch import BatchOutput
+from vllm_traits.errors import BackendError
 from vllm_traits.fake_backend import FakeBackend, expected_tokens
 
 
@@ -37,5 +38,5 @@ def test_a_wrong_block_table_is_noticed() -> None:
     driver.place(0, list(range(20)), [4, 5])
     driver.generate(0, 1)
     driver.state.block_tables[0, 0] = 7
-    with pytest.raises(Exception, match="another prefix"):
-        driver.generate(0, 1)
+    with pytest.raises(BackendError, match="another prefix"):
+        driver.generate(0, 2)

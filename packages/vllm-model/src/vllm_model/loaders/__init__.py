@@ -8,7 +8,7 @@ import torch
 
 from vllm_model.loaders.dummy import dummy_weights
 from vllm_model.loaders.gguf_file import read_gguf_header, read_gguf_metadata
-from vllm_model.loaders.gguf_loader import load_gguf
+from vllm_model.loaders.gguf_loader import ROPE_FACTORS, llama3_scaling, load_gguf
 from vllm_model.loaders.safetensors_loader import load_safetensors
 from vllm_traits.errors import ConfigError, ModelLoadError
 
@@ -33,7 +33,10 @@ def load_config(path: str | Path) -> "ModelConfig":
     if path.suffix == ".gguf":
         header = read_gguf_header(path)
         tied = "output.weight" not in header.tensors
-        return ModelConfig.from_gguf(header.metadata | {f"{header.architecture}.tie_word_embeddings": tied})
+        metadata = header.metadata | {f"{header.architecture}.tie_word_embeddings": tied}
+        if ROPE_FACTORS in header.tensors:
+            metadata |= llama3_scaling(path, header)
+        return ModelConfig.from_gguf(metadata)
     raw = _read_json(path / "config.json")
     if (path / "generation_config.json").is_file():
         generation = _read_json(path / "generation_config.json")

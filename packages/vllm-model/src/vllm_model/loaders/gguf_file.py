@@ -149,7 +149,9 @@ class _Cursor:
         for length in shape:
             count *= length
         if count == 0 or shape[-1] % block:
-            raise WeightsError(f"{self.path}: tensor {name!r} of shape {shape} cannot be stored in {kind.name} blocks of {block}.")
+            raise WeightsError(
+                f"{self.path}: tensor {name!r} of shape {shape} cannot be stored in {kind.name} blocks of {block}."
+            )
         num_bytes = count // block * block_bytes
         if base + offset + num_bytes > self.size:
             raise WeightsError(

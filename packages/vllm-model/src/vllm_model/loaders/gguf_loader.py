@@ -56,6 +56,34 @@ def hf_name(name: str) -> str | None:
     return f"model.layers.{int(parts[1])}.{_PART[parts[2]]}.{parts[3]}"
 
 
+def llama3_scaling(path: Path, header: GgufHeader) -> dict[str, str | float]:
+    """Llama 3's rotary scaling as ``rope.scaling.*`` metadata, of a file that has it only as a tensor of frequency divisors.
+
+    The divisors are 1 for short wavelengths, ``factor`` for long ones, and between them follow from two more numbers, which
+    are the same in every Llama 3 (``low_freq_factor`` 1, ``high_freq_factor`` 4, 8192 tokens): the result is checked.
+
+    Raises:
+        UnsupportedModelError: The divisors are not of that form.
+    """
+    arch, tensor = header.architecture, header.tensors[ROPE_FACTORS]
+    low, high, original = 1.0, 4.0, 8192
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        stored = read_tensor(data, tensor).astype(np.float64).reshape(-1)  # [rotary_dim / 2]
+    factor = float(stored.max())
+    base = float(header.metadata.get(f"{arch}.rope.freq_base", 10000.0))
+    turns = original * base ** -(np.arange(len(stored)) / len(stored)) / (2 * math.pi)  # within the original context
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    if not np.isfinite(factor) or factor < 1 or not np.allclose(stored, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+        raise UnsupportedModelError(f"{path}: {ROPE_FACTORS} holds rotary factors other than Llama 3's, which are not supported.")
+    return {
+        f"{arch}.rope.scaling.type": "llama3",
+        f"{arch}.rope.scaling.factor": factor,
+        f"{arch}.rope.scaling.low_freq_factor": low,
+        f"{arch}.rope.scaling.high_freq_factor": high,
+        f"{arch}.rope.scaling.original_context_length": original,
+    }
+
+
 def load_gguf(
     path: Path, expected: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
