@@ -57,6 +57,19 @@ class StepHandle(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class CompletedStep:
+    """The handle of a step that was over when ``submit`` returned, for backends that run in lock-step."""
+
+    output: BatchOutput
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> BatchOutput:
+        return self.output
+
+
 @runtime_checkable
 class ModelBackend(Protocol):
     """Runs forward passes and samples. All methods are called from one thread.
