@@ -1,0 +1,427 @@
+"""The engine: schedule, submit, commit."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+
+from vllm_core.engine_config import EngineConfig
+from vllm_core.metrics import EngineMetrics
+from vllm_core.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from vllm_core.prefix_cache import root_key
+from vllm_core.scheduler import ALONE_AFTER, Committed, ScheduledStep, Scheduler
+from vllm_core.sequence import Request, Status
+from vllm_core.sequence import Sequence as Seq
+from vllm_traits.backend import ModelBackend, StepHandle
+from vllm_traits.batch import BatchOutput, IntArray
+from vllm_traits.errors import (
+    BackendError,
+    BackendOutOfMemoryError,
+    ConfigError,
+    ContextLengthError,
+    InvalidRequestError,
+    KvCacheTooSmallError,
+    QueueFullError,
+    RequestTooLargeError,
+)
+from vllm_traits.ids import SeqId
+from vllm_traits.sampling_params import MAX_SEED, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs many requests on one model at once. Not thread-safe; see :class:`~vllm_core.AsyncEngine`.
+
+    Args:
+        target_model: What runs the steps; the engine initializes it and closes it.
+        draft_model: Not supported yet: must be None.
+        config: Limits and policies.
+        registry: Where the metrics are registered; None: a registry of their own.
+        clock: Seconds, monotonic.
+
+    Raises:
+        ConfigError: The configuration does not fit the model.
+        KvCacheTooSmallError: One sequence of full length does not fit into the memory for the KV cache.
+    """
+
+    def __init__(
+        self,
+        target_model: ModelBackend,
+        draft_model: ModelBackend | None = None,
+        *,
+        config: EngineConfig | None = None,
+        registry: CollectorRegistry | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        config = config or EngineConfig()
+        spec = target_model.spec
+        if draft_model is not None or config.max_draft_tokens:
+            raise ConfigError("draft_model and max_draft_tokens: speculative decoding is not supported yet.")
+        if config.max_model_len is not None and config.max_model_len > spec.max_model_len:
+            raise ConfigError(f"max_model_len is {config.max_model_len}; {spec.name} allows {spec.max_model_len} at most.")
+        self.target_model = target_model
+        self.draft_model = draft_model
+        self.max_draft_tokens = config.max_draft_tokens
+        self.config = config
+        self.max_model_len = config.max_model_len or spec.max_model_len
+        self.num_blocks = config.num_blocks or self._size_kv_cache()
+        self.scheduler = Scheduler(
+            config, max_model_len=self.max_model_len, num_blocks=self.num_blocks, eos_token_ids=spec.eos_token_ids
+        )
+        target_model.initialize(
+            self.scheduler.state, num_blocks=self.num_blocks, max_num_batched_tokens=config.max_num_batched_tokens
+        )
+        self.metrics = EngineMetrics(
+            model_name=spec.name,
+            max_model_len=self.max_model_len,
+            gauges=self._gauges,
+            info={"block_size": str(config.block_size), "num_gpu_blocks": str(self.num_blocks)},
+            registry=registry,
+        )
+        self._clock = clock
+        self._requests: dict[str, Request] = {}
+        self._in_flight: deque[tuple[ScheduledStep, StepHandle]] = deque()
+        self._depth = 2 if spec.supports_overlap else 1
+        self._num_requests = 0
+        self._num_sequences = 0
+        self._last_token_time = np.zeros(config.max_num_seqs, np.float64)
+        self._troubled: set[Seq] = set()
+        self._report: list[RequestOutput] = []
+
+    # --- requests ---
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> RequestOutput:
+        """Queue a request.
+
+        Args:
+            request_id: Unique among those that have not finished.
+            prompt_token_ids: At least one.
+            sampling_params: How to continue it.
+            priority: Lower runs first, under the ``priority`` policy.
+            cache_salt: Requests with different salts share no cached prefix.
+
+        Returns:
+            Its output, which ``step`` fills.
+
+        Raises:
+            InvalidRequestError: A value is wrong; ``param`` says which.
+            ContextLengthError: The prompt leaves no room for a token.
+            RequestTooLargeError: It could not fit into the KV cache even alone.
+            QueueFullError: Too many wait.
+        """
+        prompt, limit = self._check(request_id, prompt_token_ids, sampling_params)
+        params, spec = sampling_params, self.target_model.spec
+        output = RequestOutput(
+            request_id=request_id,
+            prompt_token_ids=prompt.tolist(),
+            outputs=[CompletionOutput(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)],
+            metrics=RequestMetrics(arrival_time=self._clock()),
+            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt),
+        )
+        self._num_requests += 1
+        request = Request(request_id, params, priority, self._num_requests, output, num_left=params.n)
+        stops = () if params.ignore_eos else spec.eos_token_ids
+        seed = params.seed if params.seed is not None else _derive_seed(self.config.seed, self._num_requests)
+        first_key = priority if self.config.scheduling_policy == "priority" else 0
+        for completion in output.outputs:
+            self._num_sequences += 1
+            sequence = Seq(
+                seq_id=SeqId(self._num_sequences),
+                request=request,
+                completion=completion,
+                key=(first_key, request.arrival, completion.index),
+                prompt=prompt,
+                limit=limit,
+                seed=seed if completion.index == 0 else _derive_seed(seed, completion.index),
+                stop_token_ids=(*stops, *(params.stop_token_ids or ())),
+                root=root_key(cache_salt),
+            )
+            request.sequences.append(sequence)
+            self.scheduler.add(sequence)
+        self._requests[request_id] = request
+        return output
+
+    def abort(self, request_id: str) -> bool:
+        """End a request wherever it is; False if it is not known (any more)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        for sequence in request.sequences:
+            self._end(sequence, "abort", None)
+        return True
+
+    def abort_choice(self, request_id: str, index: int, *, stop_reason: str | None = None) -> bool:
+        """End one choice. With ``stop_reason``, the stop string that was met, it counts as stopped, else as aborted."""
+        request = self._requests.get(request_id)
+        if request is None or request.sequences[index].status is Status.FINISHED:
+            return False
+        self._end(request.sequences[index], "abort" if stop_reason is None else "stop", stop_reason)
+        return True
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether ``step`` has anything to do or to report."""
+        return bool(self._requests or self._in_flight or self._report)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False, and nothing is done, while requests run."""
+        return not self._in_flight and self.scheduler.reset_prefix_cache()
+
+    # --- steps ---
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step.
+
+        With a model that overlaps, the next step is submitted before the tokens of the one before are read, so a call may
+        return tokens of the step before, or nothing yet.
+
+        Returns:
+            The requests that have a token more or have ended.
+        """
+        scheduled = self.scheduler.schedule()
+        if scheduled is not None:
+            self._submit(scheduled)
+        if self._in_flight and (scheduled is None or len(self._in_flight) == self._depth):
+            self._commit()
+        outputs, self._report = self._report, []
+        return outputs
+
+    def close(self) -> None:
+        """Abort everything and close the model; idempotent."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        self._drain()
+        self._report = []
+        self.target_model.close()
+
+    def kv_cache_summary(self) -> str:
+        """What was made of the memory, in one line."""
+        tokens = self.num_blocks * self.config.block_size
+        return (
+            f"KV cache: {self.num_blocks:,} blocks of {self.config.block_size} tokens = {tokens:,} tokens, "
+            f"{tokens / self.max_model_len:.1f} requests of {self.max_model_len:,} tokens"
+        )
+
+    def check_integrity(self) -> None:
+        """Prove the engine's invariants, between steps.
+
+        Raises:
+            AssertionError: One does not hold.
+        """
+        self.scheduler.check_integrity()
+        alive = {s for request in self._requests.values() for s in request.sequences if s.status is not Status.FINISHED}
+        assert set(self.scheduler.running) <= alive
+        assert len(alive) == len(self.scheduler.running) + self.scheduler.num_waiting
+        assert all(any(s in alive for s in request.sequences) for request in self._requests.values())
+
+    # --- inside a step ---
+
+    def _submit(self, scheduled: ScheduledStep) -> None:
+        now = self._clock()
+        for sequence in self.scheduler.last_admitted:
+            metrics = sequence.request.output.metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = now
+                self.metrics.request_queue_time.observe(now - metrics.arrival_time)
+                self.metrics.prompt_tokens += len(sequence.prompt)
+        try:
+            handle = self.target_model.submit(scheduled.batch)
+        except Exception as error:  # noqa: BLE001 - whatever a backend raises must not end the engine
+            self._drain()
+            self._recover([scheduled], error)
+            return
+        self._in_flight.append((scheduled, handle))
+
+    def _commit(self) -> None:
+        """Take in the oldest step under way."""
+        step, handle = self._in_flight.popleft()
+        try:
+            output = handle.result()
+            self._check_output(step, output)
+        except Exception as error:  # noqa: BLE001 - as above
+            later = [step for step, _ in self._in_flight]
+            for _, handle in self._in_flight:
+                _settle(handle)
+            self._in_flight.clear()
+            self._recover([step, *later], error)
+            return
+        committed = self.scheduler.commit(step, output)
+        self._record(step, committed)
+        if self._troubled:
+            for sequence in self._troubled.intersection(committed.sequences):
+                sequence.num_failures = 0
+                self._troubled.discard(sequence)
+
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._commit()
+
+    def _check_output(self, step: ScheduledStep, output: BatchOutput) -> None:
+        """A token outside the vocabulary would become an index somewhere: not from here."""
+        rows = step.batch.num_rows
+        if output.token_ids.ndim != 2 or len(output.token_ids) != rows:
+            raise BackendError(f"the model returned tokens of shape {output.token_ids.shape} for {rows} rows")
+        tokens = output.token_ids[step.batch.sample, 0]
+        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= self.target_model.spec.vocab_size):
+            raise BackendError("the model returned a token outside its vocabulary")
+
+    def _recover(self, steps: list[ScheduledStep], error: Exception) -> None:
+        """After a failed step: undo it, and decide who runs again and how.
+
+        Out of memory, the later half gives way. Otherwise all run once more; after a second failure each runs alone, so that a
+        request which breaks the model cannot take others with it, and one that fails alone is given up.
+        """
+        failed = [sequence for sequence in self.scheduler.rewind(steps) if sequence.status is Status.RUNNING]
+        logger.warning("A step of %d sequences failed: %s", len(failed), error)
+        if isinstance(error, BackendOutOfMemoryError) and len(self.scheduler.running) > 1:
+            for sequence in self.scheduler.running[len(self.scheduler.running) // 2 :]:
+                self.scheduler.preempt(sequence)
+            return
+        for sequence in failed:
+            sequence.num_failures += 1
+            self._troubled.add(sequence)
+            if sequence.num_failures > ALONE_AFTER:
+                self._end(sequence, "abort", "backend_error")
+            elif sequence.num_failures == ALONE_AFTER:
+                self.scheduler.preempt(sequence)
+
+    def _record(self, step: ScheduledStep, committed: Committed) -> None:
+        """Times, counts, and who is reported."""
+        now = self._clock()
+        metrics, slots = self.metrics, committed.slots
+        metrics.iteration_tokens.observe(step.batch.num_tokens)
+        metrics.generation_tokens += len(slots)
+        stats = self.scheduler.cache_stats
+        metrics.prefix_cache_queries, metrics.prefix_cache_hits = stats.num_queried_tokens, stats.num_hit_tokens
+        metrics.num_preemptions = self.scheduler.num_preemptions
+        metrics.inter_token_latency.observe((now - self._last_token_time[slots])[~committed.is_first])
+        self._last_token_time[slots] = now
+        for row in np.flatnonzero(committed.is_first).tolist():
+            times = committed.sequences[row].request.output.metrics
+            if times.first_token_time is None:
+                times.first_token_time = now
+                metrics.time_to_first_token.observe(now - times.arrival_time)
+                metrics.request_prefill_time.observe(now - (times.first_scheduled_time or now))
+        seen: set[int] = set()
+        for sequence in committed.sequences:
+            if sequence.completion.finish_reason is not None:
+                self._ended_choice(sequence, now)
+            arrival = sequence.request.arrival
+            if arrival not in seen:  # choices of one request are reported once
+                seen.add(arrival)
+                self._report.append(sequence.request.output)
+
+    def _end(self, sequence: Seq, reason: FinishReason, stop_reason: str | None) -> None:
+        if sequence.status is Status.FINISHED:
+            return
+        self.scheduler.finish(sequence)
+        sequence.completion.stop_reason = stop_reason
+        sequence.completion.finish_reason = reason
+        self._ended_choice(sequence, self._clock())
+        if stop_reason == "backend_error":
+            self._report.append(sequence.request.output)
+
+    def _ended_choice(self, sequence: Seq, now: float) -> None:
+        """Count a choice that is over, and its request with the last of them."""
+        request, metrics = sequence.request, self.metrics
+        self._troubled.discard(sequence)
+        reason = sequence.completion.finish_reason
+        assert reason is not None
+        metrics.request_success[reason] += 1
+        metrics.request_generation_tokens.observe(len(sequence.completion.token_ids))
+        request.num_left -= 1
+        if request.num_left:
+            return
+        times = request.output.metrics
+        times.finished_time = now
+        metrics.request_prompt_tokens.observe(len(sequence.prompt))
+        metrics.e2e_request_latency.observe(now - times.arrival_time)
+        if times.first_token_time is not None:
+            metrics.request_decode_time.observe(now - times.first_token_time)
+        del self._requests[request.request_id]
+        request.output.finished = True
+
+    # --- checks ---
+
+    def _size_kv_cache(self) -> int:
+        config = self.config
+        budget = self.target_model.kv_cache_budget(
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        needed = -(-self.max_model_len // config.block_size)
+        if budget.num_blocks < needed:
+            fits = max(0, budget.num_blocks * config.block_size)
+            gib = needed * budget.bytes_per_block / 2**30
+            raise KvCacheTooSmallError(
+                f"The memory left for the KV cache holds {fits:,} tokens, less than one request of max_model_len "
+                f"{self.max_model_len:,}. Set max_model_len to {fits:,} or less, or give the KV cache {gib:.2f} GiB."
+            )
+        return budget.num_blocks
+
+    def _check(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[IntArray, int]:
+        """The prompt as int32 ``[num_prompt_tokens]`` and the length in tokens at which the request ends."""
+        spec, block_size = self.target_model.spec, self.config.block_size
+        if request_id in self._requests:
+            raise InvalidRequestError(f"request_id {request_id!r} is taken by a request that has not finished.", "request_id")
+        try:
+            prompt = np.array(prompt_token_ids, np.int64)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise InvalidRequestError("prompt must be a list of token ids.", "prompt") from error
+        if prompt.ndim != 1 or len(prompt) == 0:
+            raise InvalidRequestError("prompt must hold at least one token.", "prompt")
+        if int(prompt.min()) < 0 or int(prompt.max()) >= spec.vocab_size:
+            raise InvalidRequestError(f"prompt holds a token id outside 0 to {spec.vocab_size - 1}.", "prompt")
+        if len(prompt) >= self.max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.max_model_len} tokens, but the prompt holds {len(prompt)}; "
+                "at least one must be left for the output.",
+                "prompt",
+            )
+        params.check_vocabulary(spec.vocab_size)
+        if params.structured_outputs is not None and not spec.supports_structured_outputs:
+            raise InvalidRequestError("structured_outputs is not supported by this model's backend.", "structured_outputs")
+        limit = min(len(prompt) + (params.max_tokens or self.max_model_len), self.max_model_len)
+        blocks = -(-(limit - 1) // block_size)  # the last token is not run
+        if blocks > self.num_blocks:
+            raise RequestTooLargeError(
+                f"prompt and max_tokens need {limit - 1} tokens of KV cache; this engine has {self.num_blocks * block_size}.",
+                "max_tokens",
+            )
+        if self.scheduler.num_waiting + params.n > self.config.max_num_waiting:
+            raise QueueFullError(
+                f"{self.scheduler.num_waiting} sequences wait; max_num_waiting is {self.config.max_num_waiting}."
+            )
+        return prompt.astype(np.int32), limit
+
+    def _gauges(self) -> dict[str, float]:
+        return {
+            "num_requests_running": len(self.scheduler.running),
+            "num_requests_waiting": self.scheduler.num_waiting,
+            "kv_cache_usage_perc": self.scheduler.pool.usage,
+        }
+
+
+def _settle(handle: StepHandle) -> None:
+    """Wait for a step that does not count any more."""
+    try:
+        handle.result()
+    except Exception:  # noqa: BLE001
+        logger.debug("A step under way failed after one before it", exc_info=True)
+
+
+def _derive_seed(seed: int, index: int) -> int:
+    return int.from_bytes(sha256(f"{seed}:{index}".encode()).digest()[:8], "big") & MAX_SEED
