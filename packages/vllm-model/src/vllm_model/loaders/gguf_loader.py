@@ -74,7 +74,9 @@ def llama3_scaling(path: Path, header: GgufHeader) -> dict[str, str | float]:
     turns = original * base ** -(np.arange(len(stored)) / len(stored)) / (2 * math.pi)  # within the original context
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     if not np.isfinite(factor) or factor < 1 or not np.allclose(stored, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
-        raise UnsupportedModelError(f"{path}: {ROPE_FACTORS} holds rotary factors other than Llama 3's, which are not supported.")
+        raise UnsupportedModelError(
+            f"{path}: {ROPE_FACTORS} holds rotary factors other than Llama 3's, which are not supported."
+        )
     return {
         f"{arch}.rope.scaling.type": "llama3",
         f"{arch}.rope.scaling.factor": factor,

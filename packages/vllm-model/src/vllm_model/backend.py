@@ -1,0 +1,274 @@
+"""The model behind the engine's protocol, in torch."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vllm_model.attention import plan_attention
+from vllm_model.decoder import Decoder
+from vllm_model.hub import resolve_model
+from vllm_model.kv_cache import PagedKvCache
+from vllm_model.loaders import LoadFormat, load_config, load_weights
+from vllm_model.model_config import ModelConfig
+from vllm_model.sampler import sample, token_logprobs
+from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelSpec
+from vllm_traits.batch import Batch, BatchOutput, BatchState, TokenLogprobs
+from vllm_traits.errors import BackendError, BackendOutOfMemoryError, ConfigError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CPU_KV_CACHE_BYTES = 4 << 30
+"""Most that the KV cache takes of main memory unless told otherwise."""
+
+
+class TorchBackend:
+    """Runs a :class:`Decoder` step by step; ``submit`` returns when the step is done.
+
+    Args:
+        config: The model's shape.
+        weights: By Hugging Face's names; emptied.
+        name: For logs and metrics.
+        max_model_len: Longest sequence; None: the model's own.
+        kv_cache_memory_bytes: For the KV cache; None: what is free, up to a bound.
+        gpu_memory_utilization: Share of a GPU's memory to use in all.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, torch.Tensor],
+        *,
+        name: str = "model",
+        max_model_len: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+    ) -> None:
+        if max_model_len is not None and not 2 <= max_model_len <= config.max_model_len:
+            raise ConfigError(f"max_model_len is {max_model_len}; this model allows 2 to {config.max_model_len}.")
+        self.config = config
+        self.spec = ModelSpec(
+            name=name,
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len or config.max_model_len,
+            eos_token_ids=config.eos_token_ids,
+        )
+        self.decoder: Decoder | None = Decoder(config, weights, self.spec.max_model_len)
+        self.device = self.decoder.embedding.device
+        self.dtype = self.decoder.embedding.dtype
+        self._kv_cache_memory_bytes = kv_cache_memory_bytes
+        self._gpu_memory_utilization = gpu_memory_utilization
+        self._cache: PagedKvCache | None = None
+
+    def kv_cache_budget(self, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> KvCacheBudget:
+        config = self.config
+        per_block = PagedKvCache.bytes_per_block(
+            config.num_layers, config.num_kv_heads, block_size, config.head_dim, self.dtype
+        )
+        available = self._kv_cache_memory_bytes
+        if available is None:
+            # The largest step: a few wide activations of each token, and float32 logits with two copies for sampling.
+            width = 4 * config.hidden_size + 3 * config.intermediate_size
+            step = max_num_batched_tokens * width * 4 + max_num_seqs * config.vocab_size * 16
+            if self.device.type == "cuda":
+                free, total = torch.cuda.mem_get_info(self.device)
+                available = int(free - total * (1 - self._gpu_memory_utilization)) - step
+            else:
+                available = min(free_memory_bytes() // 2 - step, CPU_KV_CACHE_BYTES)
+        return KvCacheBudget(available_bytes=max(0, available), bytes_per_block=per_block)
+
+    def initialize(self, state: BatchState, *, num_blocks: int, max_num_batched_tokens: int) -> None:
+        assert self.decoder is not None, "the backend is closed"
+        config = self.config
+        try:
+            self._cache = PagedKvCache(
+                num_layers=config.num_layers,
+                num_blocks=num_blocks,
+                num_kv_heads=config.num_kv_heads,
+                block_size=state.block_size,
+                head_dim=config.head_dim,
+                dtype=self.dtype,
+                device=self.device,
+            )
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise BackendOutOfMemoryError(f"{num_blocks} KV blocks do not fit into memory.") from error
+        self.decoder.attach(self._cache)
+
+    def submit(self, batch: Batch) -> CompletedStep:
+        try:
+            with torch.inference_mode():
+                return CompletedStep(self._run(batch))
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise BackendOutOfMemoryError(f"A step of {batch.num_tokens} tokens ran out of memory.") from error
+        except RuntimeError as error:
+            raise BackendError(f"A step of {batch.num_tokens} tokens failed: {error}") from error
+
+    def close(self) -> None:
+        self.decoder = self._cache = None
+
+    def _run(self, batch: Batch) -> BatchOutput:
+        assert self.decoder is not None
+        assert self._cache is not None
+        lens = batch.query_lens
+        positions = np.arange(batch.num_tokens) + np.repeat(batch.num_computed - batch.query_start[:-1], lens)
+        wanted, first = self._wanted_tokens(batch)
+        logits = self.decoder.forward(
+            torch.from_numpy(batch.token_ids.astype(np.int64)).to(self.device),
+            torch.from_numpy(positions).to(self.device),
+            plan_attention(batch, self._cache, self.device),
+            None if len(wanted) == batch.num_tokens else torch.from_numpy(wanted).to(self.device),
+        )
+        prompt_logprobs = {
+            row: entries
+            for row in range(batch.num_rows)
+            if (entries := self._prompt_logprobs(batch, row, logits[first[row] :])) is not None
+        }
+        rows = np.flatnonzero(batch.sample)
+        tokens = np.full((batch.num_rows, 1), -1, np.int32)
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        if len(rows):
+            # A row's own logits are its last wanted ones.
+            last = (np.append(first[1:], len(wanted)) - 1)[rows]
+            sampled = logits if len(last) == len(logits) else logits[torch.from_numpy(last).to(self.device)]
+            raw = {row: sampled[i].clone() for i, row in enumerate(rows.tolist()) if self._num_logprobs(batch, row) is not None}
+            chosen = sample(sampled, batch, rows).cpu().numpy()
+            tokens[rows, 0] = chosen
+            for row, own in raw.items():
+                logprobs[row] = token_logprobs(own[None], [int(tokens[row, 0])], self._num_logprobs(batch, row) or 0)
+        return BatchOutput(token_ids=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _wanted_tokens(self, batch: Batch) -> tuple["np.typing.NDArray[np.int64]", "np.typing.NDArray[np.int64]"]:
+        """Which of the step's tokens need logits, and where each row's begin among them."""
+        wanted: list[int] = []
+        first: list[int] = []
+        for row, slot in enumerate(batch.slots.tolist()):
+            params, start, end = batch.state.params[slot], int(batch.query_start[row]), int(batch.query_start[row + 1])
+            assert params is not None
+            first.append(len(wanted))
+            if params.prompt_logprobs is not None and batch.num_computed[row] < batch.state.num_prompt_tokens[slot]:
+                wanted.extend(range(start, end))
+            elif batch.sample[row]:
+                wanted.append(end - 1)
+        return np.array(wanted, np.int64), np.array(first, np.int64)
+
+    @staticmethod
+    def _num_logprobs(batch: Batch, row: int) -> int | None:
+        params = batch.state.params[batch.slots[row]]
+        assert params is not None
+        return params.logprobs
+
+    @staticmethod
+    def _prompt_logprobs(batch: Batch, row: int, logits: torch.Tensor) -> list[TokenLogprobs] | None:
+        """Of the prompt tokens that this row's chunk predicts; ``logits`` starts with the row's."""
+        slot, start = int(batch.slots[row]), int(batch.num_computed[row])
+        params = batch.state.params[slot]
+        assert params is not None
+        if params.prompt_logprobs is None or start >= batch.state.num_prompt_tokens[slot]:
+            return None
+        end = min(start + int(batch.query_lens[row]), int(batch.state.num_prompt_tokens[slot]) - 1)
+        following = batch.state.token_ids[slot, start + 1 : end + 1].tolist()
+        return token_logprobs(logits[: len(following)], following, params.prompt_logprobs)
+
+
+def load_backend(
+    model: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    load_format: LoadFormat = "auto",
+    quantization: str | None = None,
+    max_model_len: int | None = None,
+    kv_cache_memory_bytes: int | None = None,
+    gpu_memory_utilization: float = 0.9,
+    seed: int = 0,
+    num_threads: int | None = None,
+    revision: str | None = None,
+) -> TorchBackend:
+    """Load a model.
+
+    Args:
+        model: A folder, a ``.gguf`` file, a Hugging Face id, or None for the default model.
+        dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        load_format: ``dummy`` makes random weights from the configuration alone.
+        quantization: Must be None: quantized files are computed in ``dtype``.
+        seed: Of dummy weights.
+        num_threads: Of torch on the CPU; None: the cores that this process may use.
+
+    Raises:
+        ConfigError: A setting is wrong.
+        ModelLoadError: The model cannot be read.
+    """
+    if quantization is not None:
+        raise ConfigError(f"quantization is {quantization!r}; only None is supported (GGUF files are computed in dtype).")
+    if not 0 < gpu_memory_utilization <= 1:
+        raise ConfigError(f"gpu_memory_utilization is {gpu_memory_utilization}; it must be above 0 and at most 1.")
+    path = resolve_model(model, revision=revision)
+    config = load_config(path)
+    where = _device(device)
+    if where.type == "cpu":
+        torch.set_num_threads(num_threads or usable_cores())
+    weights = load_weights(path, config, dtype=_dtype(dtype, config, where), device=where, load_format=load_format, seed=seed)
+    return TorchBackend(
+        config,
+        weights,
+        name=path.stem if path.suffix == ".gguf" else path.name,
+        max_model_len=max_model_len,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and the share of a control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read("/sys/fs/cgroup/cpu.max")
+    if quota is not None and not quota.startswith("max"):
+        limit, period = map(int, quota.split())
+        cores = min(cores, max(1, limit // period))
+    return cores
+
+
+def free_memory_bytes() -> int:
+    """Memory this process can still take: the machine's, or less if a control group limits it."""
+    meminfo = _read("/proc/meminfo")
+    if meminfo is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    free = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None and limit != "max":
+        free = min(free, int(limit) - int(used))
+    return free
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N.") from error
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"device is {device!r}, which is not there; cpu is.")
+    return chosen
+
+
+def _dtype(dtype: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; it must be auto, {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+    if config.dtype == "float32":
+        return torch.float32
+    if device.type == "cuda":
+        return DTYPES.get(config.dtype or "bfloat16", torch.bfloat16)
+    # Without the instructions for it, bfloat16 on a CPU is slower than float32.
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32

@@ -1,0 +1,146 @@
+"""From logits to tokens, for all rows of a step at once.
+
+Noise is a pure function of (seed, position, token id), so a request's tokens do not depend on what runs beside it. The token is the
+argmax of scaled logits plus Gumbel noise, which is an exact sample of their softmax (Gumbel, 1954; Maddison et al., 2014).
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_traits.batch import Batch, BatchState, TokenLogprobs
+from vllm_traits.sampling_params import SamplingParams
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_MASK = (1 << 64) - 1
+
+
+def sample(logits: torch.Tensor, batch: Batch, rows: npt.NDArray[np.intp]) -> torch.Tensor:
+    """The next token of some rows.
+
+    Args:
+        logits: float32 ``[len(rows), vocab_size]``; changed in place where parameters say so.
+        batch: The step, whose state is still as it was.
+        rows: Rows of the batch, in the order of ``logits``.
+
+    Returns:
+        int64 ``[len(rows)]``.
+    """
+    state, slots = batch.state, batch.slots[rows]
+    positions = (batch.num_computed + batch.query_lens)[rows]
+    for i, slot in enumerate(slots.tolist()):
+        params = state.params[slot]
+        assert params is not None
+        if _adjusts(params, state, slot, int(positions[i])):
+            _adjust(logits[i], params, state, slot, int(positions[i]))
+    temperature = state.temperature[slots]
+    hot = np.flatnonzero(temperature > 0)
+    tokens = logits.argmax(dim=-1)
+    if len(hot) == 0:
+        return tokens
+    index = torch.from_numpy(hot).to(logits.device)
+    scaled = logits if len(hot) == len(rows) else logits[index]
+    scaled = scaled / torch.from_numpy(temperature[hot]).to(logits.device)[:, None]
+    _filter(scaled, state, slots[hot])
+    scaled += gumbel_noise(state.seed[slots[hot]], positions[hot], logits.shape[-1], logits.device)
+    tokens[index] = scaled.argmax(dim=-1)
+    return tokens
+
+
+def gumbel_noise(
+    seeds: npt.NDArray[np.integer], positions: npt.NDArray[np.integer], vocab_size: int, device: torch.device
+) -> torch.Tensor:
+    """float32 ``[len(seeds), vocab_size]``: splitmix64 of seed, position and token, its upper 24 bits made a Gumbel variable."""
+    keys = [_mix64(_mix64(seed & _MASK) + position) for seed, position in zip(seeds.tolist(), positions.tolist(), strict=True)]
+    start = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
+    z = start[:, None] + torch.arange(1, vocab_size + 1, device=device) * _signed(_GOLDEN)  # wraps, as it should
+    z ^= (z >> 30) & ((1 << 34) - 1)  # >> keeps the sign: the mask makes it a logical shift
+    z *= _signed(_MIX[0])
+    z ^= (z >> 27) & ((1 << 37) - 1)
+    z *= _signed(_MIX[1])
+    uniform = (((z >> 40) & ((1 << 24) - 1)).float() + 0.5) * 2.0**-24  # in (0, 1)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def token_logprobs(logits: torch.Tensor, chosen: list[int], num: int) -> list[TokenLogprobs]:
+    """Log-probabilities of the chosen tokens and the ``num`` most likely ones.
+
+    Args:
+        logits: float32 ``[num_positions, vocab_size]``, before any adjustment.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    picked = logprobs.gather(1, torch.tensor(chosen, device=logits.device)[:, None])  # [num_positions, 1]
+    ranks = (logprobs > picked).sum(dim=-1).tolist()
+    top = logprobs.topk(num, dim=-1)
+    return [
+        TokenLogprobs([token, *tokens], [own, *values], rank + 1)
+        for token, tokens, own, values, rank in zip(
+            chosen, top.indices.tolist(), picked[:, 0].tolist(), top.values.tolist(), ranks, strict=True
+        )
+    ]
+
+
+def _adjusts(params: SamplingParams, state: BatchState, slot: int, length: int) -> bool:
+    return (
+        params.has_penalties
+        or params.logit_bias is not None
+        or params.allowed_token_ids is not None
+        or length - int(state.num_prompt_tokens[slot]) < params.min_tokens
+    )
+
+
+def _adjust(row: torch.Tensor, params: SamplingParams, state: BatchState, slot: int, length: int) -> None:
+    """Allowed tokens, bias, minimum length and penalties of one row ``[vocab_size]``, in place."""
+    prompt = int(state.num_prompt_tokens[slot])
+    if params.allowed_token_ids is not None:
+        allowed = torch.tensor(params.allowed_token_ids, device=row.device)
+        kept = row[allowed]
+        row.fill_(-torch.inf)
+        row[allowed] = kept
+    if params.logit_bias:
+        index = torch.tensor(list(params.logit_bias), device=row.device)
+        row[index] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
+    if length - prompt < params.min_tokens and state.stop_token_ids[slot]:
+        row[torch.tensor(state.stop_token_ids[slot], device=row.device)] = -torch.inf
+    if params.has_penalties:
+        history = torch.from_numpy(state.token_ids[slot, :length].astype(np.int64)).to(row.device)
+        if params.repetition_penalty != 1.0:
+            seen = history.unique()
+            values = row[seen]
+            row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        said, counts = history[prompt:].unique(return_counts=True)
+        row[said] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def _filter(scaled: torch.Tensor, state: BatchState, slots: npt.NDArray[np.int32]) -> None:
+    """min-p, top-k and top-p, in vLLM's order, in place; ``scaled`` is ``[len(slots), vocab_size]``."""
+    device = scaled.device
+    min_p, top_k, top_p = state.min_p[slots], state.top_k[slots], state.top_p[slots]
+    if (min_p > 0).any():
+        # p >= min_p * p_max, in logits. A log of zero keeps everything.
+        bound = scaled.max(dim=-1, keepdim=True).values + torch.from_numpy(min_p).to(device).log()[:, None]
+        scaled.masked_fill_(scaled < bound, -torch.inf)
+    rows = np.flatnonzero((top_k > 0) | (top_p < 1))
+    if len(rows) == 0:
+        return
+    index = torch.from_numpy(rows).to(device)
+    ordered, order = scaled[index].sort(dim=-1, descending=True, stable=True)
+    limits = torch.from_numpy(np.where(top_k[rows] > 0, top_k[rows], scaled.shape[-1])).to(device)
+    ordered.masked_fill_(torch.arange(scaled.shape[-1], device=device) >= limits[:, None], -torch.inf)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more likely tokens: the first is always kept
+    wanted = torch.from_numpy(top_p[rows]).to(device)[:, None]
+    ordered.masked_fill_((before >= wanted) & (wanted < 1), -torch.inf)
+    scaled[index] = torch.empty_like(ordered).scatter_(1, order, ordered)
+
+
+def _mix64(z: int) -> int:
+    z = (z + _GOLDEN) & _MASK
+    z = (z ^ (z >> 30)) * _MIX[0] & _MASK
+    z = (z ^ (z >> 27)) * _MIX[1] & _MASK
+    return z ^ (z >> 31)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
