@@ -128,7 +128,7 @@ async def merged(generations: Sequence[Generation]) -> AsyncIterator[Delta]:
             async for delta in deltas:
                 yield delta
         return
-    queue: asyncio.Queue[Delta | None | BaseException] = asyncio.Queue(maxsize=len(generations))
+    queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue(maxsize=len(generations))
 
     async def feed(generation: Generation) -> None:
         try:

@@ -45,6 +45,7 @@ def build_service(config: ServerConfig, version: str) -> Service:
             long_prefill_token_threshold=config.long_prefill_token_threshold,
             seed=config.seed,
         ),
+        model_name=_name(config, path),
     )
     logger.info("%s: %s", backend.spec.name, engine.kv_cache_summary())
     tokenizer = Tokenizer.from_pretrained(path)
@@ -62,8 +63,9 @@ def run(service: Service) -> None:
 
 
 async def _serve(service: Service, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
     config = hypercorn.Config()
-    config.bind = [f"fd://{listener.fileno()}"]
+    config.bind = [f"fd://{listener.detach()}"]  # which it closes
     config.graceful_timeout = LAST_WRITES_SECONDS
     config.h11_max_incomplete_size = 64 << 10
     config.alpn_protocols = ["http/1.1"]
@@ -79,7 +81,6 @@ async def _serve(service: Service, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-    host, port = listener.getsockname()[:2]
     logger.info("Serving %s on http://%s:%d", service.name, host, port)
 
     async def until_drained() -> None:
@@ -91,7 +92,6 @@ async def _serve(service: Service, listener: socket.socket) -> None:
             await asyncio.sleep(0.02)
 
     await hypercorn.asyncio.serve(build_app(service), config, shutdown_trigger=until_drained)  # type: ignore[arg-type]
-    listener.close()
 
 
 def _listen(config: ServerConfig) -> socket.socket:
