@@ -13,7 +13,8 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["format", "lint", "types", "layers", "docs", "tests", "integration"]
 
 _spec = importlib.util.spec_from_file_location("quickstart", ROOT / "scripts" / "quickstart.py")
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 quickstart = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(quickstart)
 
@@ -94,4 +95,3 @@ def wheels(session: nox.Session) -> None:
     """Build the four wheels into dist/ (not run by default)."""
     for name in LAYERS:
         session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", "dist", f"packages/vllm-{name}")
-

@@ -30,9 +30,7 @@ def main() -> None:
         model = client.models.list().data[0].id
         messages = [{"role": "user", "content": question}]
         first = None
-        for chunk in client.chat.completions.create(
-            model=model, messages=messages, temperature=0, max_tokens=200, stream=True
-        ):
+        for chunk in client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=200, stream=True):
             if chunk.choices and chunk.choices[0].delta.content:
                 first = first or time.perf_counter()
                 print(chunk.choices[0].delta.content, end="", flush=True)
@@ -42,7 +40,9 @@ def main() -> None:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(30)
-    print(f"Keep it running with\n\n    {shown(SERVER)}\n\nand use http://127.0.0.1:8000/v1 as the base URL of any OpenAI client.")
+    print(
+        f"Keep it running with\n\n    {shown(SERVER)}\n\nand use http://127.0.0.1:8000/v1 as the base URL of any OpenAI client."
+    )
 
 
 def free_port() -> int:
@@ -59,7 +59,7 @@ def wait_until_healthy(server: "subprocess.Popen[bytes]", port: int) -> None:
         if server.poll() is not None:
             raise SystemExit("The server did not start; its message is above.")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):  # noqa: S310 - http, to ourselves
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.05)

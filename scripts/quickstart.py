@@ -56,7 +56,7 @@ def set_up(folder: Path, group: str) -> Path:
 
 
 def ensure_torch(python: Path) -> None:
-    """torch without CUDA: from wherever pip is set up to look, else PyTorch's index, else the registry's own build."""
+    """Torch without CUDA: from wherever pip is set up to look, else PyTorch's index, else the registry's own build."""
     if _has_torch(python):
         return
     print(f"Installing torch {TORCH} for the CPU (about 200 MB)", flush=True)

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from vllm_model import hub
 from vllm_traits.errors import ModelLoadError
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vllm_model.loaders import read_gguf_metadata
 from vllm_model.loaders.gguf_file import read_gguf_header
 from vllm_model.loaders.gguf_loader import ROPE_FACTORS, SUPPORTED_TYPES, hf_name, llama3_scaling, load_gguf

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+
 from vllm_model.loaders.dummy import dummy_weights
 from vllm_model.loaders.safetensors_loader import load_safetensors, read_header
 from vllm_traits.errors import ModelLoadError, UnsupportedModelError, VllmError, WeightsError

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from vllm_traits import SamplingParams
 from vllm_traits.errors import InvalidRequestError
 

@@ -90,7 +90,7 @@ class AsyncEngine:
                 stream.output = self.engine.add_request(
                     request_id, prompt_token_ids, sampling_params, priority=priority, cache_salt=cache_salt
                 )
-            except Exception as error:  # noqa: BLE001 - belongs to who asked
+            except Exception as error:  # belongs to who asked
                 stream.error = error
                 self._notify([stream])
                 return
@@ -162,7 +162,12 @@ class AsyncEngine:
 
         def run() -> None:
             result = function()
-            loop.call_soon_threadsafe(lambda: done.cancelled() or done.set_result(result))
+
+            def resolve() -> None:
+                if not done.cancelled():
+                    done.set_result(result)
+
+            loop.call_soon_threadsafe(resolve)
 
         self._post(run)
         return bool(await done)
@@ -182,7 +187,7 @@ class AsyncEngine:
                 outputs = self.engine.step()
                 streams = [self._streams.get(output.request_id) for output in outputs]
                 self._deliver([stream for stream in streams if stream is not None])
-        except BaseException as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
+        except BaseException as error:  # whoever waits must be told, whatever it was
             logger.exception("The engine stopped")
             self._failure = error
         self._end()

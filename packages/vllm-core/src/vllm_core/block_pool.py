@@ -79,7 +79,7 @@ class BlockPool:
                 self._link_last(block)
 
     def register(self, block: BlockId, key: bytes) -> None:
-        """``block`` is full and computed, and holds the prefix with ``key``. The first block of a prefix stays the one found."""
+        """``block`` is full and computed, and holds the prefix with ``key``. The first such block stays the one found."""
         assert self._ref_counts[block] > 0
         if self._keys[block] is None and key not in self._by_key:
             self._keys[block] = key
@@ -104,15 +104,15 @@ class BlockPool:
             assert len(set(table)) == len(table), f"a table holds a block twice: {table}"
             for block in table:
                 counts[block] += 1
-        for block in range(self.num_blocks):
-            expected, counted = counts[block], self._ref_counts[block]
-            assert counted == expected, f"block {block} has {counted} references and {expected} holders"
-        free, block = [], self._next[self.num_blocks]
-        while block != self.num_blocks:
-            free.append(block)
+        for place, (expected, counted) in enumerate(zip(counts, self._ref_counts, strict=True)):
+            assert counted == expected, f"block {place} has {counted} references and {expected} holders"
+        free: list[int] = []
+        place = self._next[self.num_blocks]
+        while place != self.num_blocks:
+            free.append(place)
             assert len(free) <= self.num_blocks, "the free list has a loop"
-            assert self._prev[self._next[block]] == block, f"the free list is broken at block {block}"
-            block = self._next[block]
+            assert self._prev[self._next[place]] == place, f"the free list is broken at block {place}"
+            place = self._next[place]
         assert len(free) == self.num_free, f"{len(free)} blocks in the free list, {self.num_free} counted"
         assert sorted(free) == [block for block in range(self.num_blocks) if counts[block] == 0], (
             "free list and counts disagree"

@@ -42,6 +42,7 @@ class Engine:
         draft_model: Not supported yet: must be None.
         config: Limits and policies.
         registry: Where the metrics are registered; None: a registry of their own.
+        model_name: The metrics' label; None: the model's own.
         clock: Seconds, monotonic.
 
     Raises:
@@ -56,6 +57,7 @@ class Engine:
         *,
         config: EngineConfig | None = None,
         registry: CollectorRegistry | None = None,
+        model_name: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = config or EngineConfig()
@@ -77,7 +79,7 @@ class Engine:
             self.scheduler.state, num_blocks=self.num_blocks, max_num_batched_tokens=config.max_num_batched_tokens
         )
         self.metrics = EngineMetrics(
-            model_name=spec.name,
+            model_name=model_name or spec.name,
             max_model_len=self.max_model_len,
             gauges=self._gauges,
             info={"block_size": str(config.block_size), "num_gpu_blocks": str(self.num_blocks)},
@@ -238,7 +240,7 @@ class Engine:
                 self.metrics.prompt_tokens += len(sequence.prompt)
         try:
             handle = self.target_model.submit(scheduled.batch)
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises must not end the engine
+        except Exception as error:  # whatever a backend raises must not end the engine
             self._drain()
             self._recover([scheduled], error)
             return
@@ -250,7 +252,7 @@ class Engine:
         try:
             output = handle.result()
             self._check_output(step, output)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # as above
             later = [step for step, _ in self._in_flight]
             for _, handle in self._in_flight:
                 _settle(handle)
@@ -419,7 +421,7 @@ def _settle(handle: StepHandle) -> None:
     """Wait for a step that does not count any more."""
     try:
         handle.result()
-    except Exception:  # noqa: BLE001
+    except Exception:
         logger.debug("A step under way failed after one before it", exc_info=True)
 
 

@@ -1,8 +1,8 @@
 """What runs in the next step.
 
-Every step moves ``num_computed`` of running sequences toward the tokens they have, under one token budget. There is no prefill and no
-decode: a sequence with one token to run is a row of one token. Rows of one token come first, so a long prompt never stalls them; what
-is left of the budget goes to prompts in order, then to sequences that wait.
+Every step moves ``num_computed`` of running sequences toward the tokens they have, under one token budget. There is no prefill
+and no decode: a sequence with one token to run is a row of one token. Rows of one token come first, so a long prompt never
+stalls them; what is left of the budget goes to prompts in order, then to sequences that wait.
 
 A slot's lengths, with one sampled token on its way (``pending`` 1)::
 

@@ -1,7 +1,7 @@
 """A sequence: one choice of one request.
 
-It is three lengths, ``0 <= num_cached <= num_computed <= num_tokens``; while it runs, the lengths that change in every step live
-in the scheduler's arrays at its slot, and here is the rest.
+It is three lengths, ``0 <= num_cached <= num_computed <= num_tokens``; while it runs, the lengths that change in every step
+live in the scheduler's arrays at its slot, and here is the rest.
 """
 
 from dataclasses import dataclass, field

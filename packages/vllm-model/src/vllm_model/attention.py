@@ -1,6 +1,7 @@
 """Grouped-query attention over the paged cache, in torch.
 
-A step's rows are split once, for all layers: rows of one token (decode) are batched by similar length, longer rows run one by one.
+A step's rows are split once, for all layers: rows of one token (decode) are batched by similar length, longer rows run one by
+one.
 """
 
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class GqaAttention:
         return out
 
     def forward_decode(self, q: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
-        """One token of each of many sequences: q ``[num_seqs, num_heads, head_dim]`` to ``[num_seqs, num_heads * head_dim]``."""
+        """One token of each sequence: q ``[num_seqs, num_heads, head_dim]`` to ``[num_seqs, num_heads * head_dim]``."""
         keys, values = self.cache.read(self.layer, group.index, group.num_seqs)
         grouped = q.view(group.num_seqs, self.num_kv_heads, self.group, -1)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask).reshape(group.num_seqs, -1)

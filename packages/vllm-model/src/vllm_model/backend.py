@@ -153,7 +153,7 @@ class TorchBackend:
 
     @staticmethod
     def _num_logprobs(batch: Batch, row: int) -> int | None:
-        params = batch.state.params[batch.slots[row]]
+        params = batch.state.params[int(batch.slots[row])]
         assert params is not None
         return params.logprobs
 
@@ -270,5 +270,5 @@ def _dtype(dtype: str, config: ModelConfig, device: torch.device) -> torch.dtype
     if device.type == "cuda":
         return DTYPES.get(config.dtype or "bfloat16", torch.bfloat16)
     # Without the instructions for it, bfloat16 on a CPU is slower than float32.
-    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if fast else torch.float32

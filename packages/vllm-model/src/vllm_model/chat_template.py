@@ -1,7 +1,7 @@
 """Conversations to text, and to token ids, with the model's own Jinja template.
 
-Templates run in Jinja's immutable sandbox. They are the model's: a request cannot bring one. What users write is text: a special token
-spelled out in a message is encoded letter by letter, so no message can open a role.
+Templates run in Jinja's immutable sandbox. They are the model's: a request cannot bring one. What users write is text: a
+special token spelled out in a message is encoded letter by letter, so no message can open a role.
 """
 
 import json

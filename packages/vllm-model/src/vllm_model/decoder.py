@@ -92,13 +92,13 @@ class Decoder:
     ) -> torch.Tensor:
         config = self.config
         heads = layer.qkv(x).view(len(x), -1, config.head_dim)  # [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
-        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        q, k, v = torch.split(heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, config.rms_norm_eps), rms_norm(k, layer.k_norm, config.rms_norm_eps)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         else:
             both = apply_rotary(heads[:, : config.num_heads + config.num_kv_heads], cos, sin)
-            q, k = both.split((config.num_heads, config.num_kv_heads), dim=1)
+            q, k = torch.split(both, [config.num_heads, config.num_kv_heads], dim=1)
         return self._attention[index](q, k, v, plan)
 
 

@@ -61,7 +61,7 @@ def resolve_model(model: str | Path | None = None, *, revision: str | None = Non
 def _from_hugging_face(name: str, revision: str | None, progress: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     quiet = not progress and not are_progress_bars_disabled()
     if quiet:

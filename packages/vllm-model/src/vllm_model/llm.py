@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vllm_core import Engine, EngineConfig, RequestOutput, SamplingParams
 from vllm_model.backend import load_backend
@@ -110,8 +110,8 @@ class LLM:
             InvalidRequestError: A prompt or parameter is wrong; nothing was run.
         """
         if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]  # a single prompt, by the check
-        return self._run([self._token_ids(prompt) for prompt in prompts], sampling_params, use_tqdm)  # type: ignore[arg-type]
+            prompts = [cast("Prompt", prompts)]
+        return self._run([self._token_ids(cast("Prompt", prompt)) for prompt in prompts], sampling_params, use_tqdm)
 
     def chat(
         self,

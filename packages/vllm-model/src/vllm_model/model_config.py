@@ -94,7 +94,7 @@ class ModelConfig:
             raise ModelLoadError(f"config.json: num_attention_heads is {heads}; it must be at least 1.")
         max_len = _number(raw, "max_position_embeddings")
         window = raw.get("sliding_window")
-        if window is not None and family == "mistral" or (window is not None and raw.get("use_sliding_window")):
+        if window is not None and (family == "mistral" or raw.get("use_sliding_window")):
             max_len = min(max_len, int(window))  # within the window, attention is the full one
         activation = raw.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
@@ -238,8 +238,8 @@ def _gguf_rope(values: Mapping[str, Any]) -> RopeConfig:
 
 
 def _rope_type(kind: object) -> RopeType:
-    if kind == "default" or kind == "linear" or kind == "llama3" or kind == "yarn":
-        return kind  # type: ignore[return-value]
+    if kind in ("default", "linear", "llama3", "yarn"):
+        return kind
     raise UnsupportedModelError(f"Rotary scaling {kind!r} is not supported; these are: default, linear, llama3, yarn.")
 
 

@@ -8,7 +8,7 @@ from vllm_model.model_config import RopeConfig
 
 
 def rotary_tables(config: RopeConfig, head_dim: int, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float32 ``[max_len, head_dim / 2]``, by position and frequency; scaled attention is folded in."""
+    """Cosines and sines, float32 ``[max_len, head_dim / 2]``, by position and frequency; scaled attention is folded in."""
     frequencies, scale = _frequencies(config, head_dim)
     angles = torch.arange(max_len, dtype=torch.float32)[:, None] * frequencies.float()  # as in the reference: float32
     return angles.cos() * scale, angles.sin() * scale

@@ -1,7 +1,7 @@
 """From logits to tokens, for all rows of a step at once.
 
-Noise is a pure function of (seed, position, token id), so a request's tokens do not depend on what runs beside it. The token is the
-argmax of scaled logits plus Gumbel noise, which is an exact sample of their softmax (Gumbel, 1954; Maddison et al., 2014).
+Noise is a pure function of (seed, position, token id), so a request's tokens do not depend on what runs beside it. The token is
+the argmax of scaled logits plus Gumbel noise, an exact sample of their softmax (Gumbel, 1954; Maddison et al., 2014).
 """
 
 import numpy as np
@@ -51,7 +51,7 @@ def sample(logits: torch.Tensor, batch: Batch, rows: npt.NDArray[np.intp]) -> to
 def gumbel_noise(
     seeds: npt.NDArray[np.integer], positions: npt.NDArray[np.integer], vocab_size: int, device: torch.device
 ) -> torch.Tensor:
-    """float32 ``[len(seeds), vocab_size]``: splitmix64 of seed, position and token, its upper 24 bits made a Gumbel variable."""
+    """float32 ``[len(seeds), vocab_size]``: splitmix64 of seed, position and token, made a Gumbel variable."""
     keys = [_mix64(_mix64(seed & _MASK) + position) for seed, position in zip(seeds.tolist(), positions.tolist(), strict=True)]
     start = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
     z = start[:, None] + torch.arange(1, vocab_size + 1, device=device) * _signed(_GOLDEN)  # wraps, as it should
@@ -106,10 +106,10 @@ def _adjust(row: torch.Tensor, params: SamplingParams, state: BatchState, slot: 
     if params.has_penalties:
         history = torch.from_numpy(state.token_ids[slot, :length].astype(np.int64)).to(row.device)
         if params.repetition_penalty != 1.0:
-            seen = history.unique()
+            seen = torch.unique(history)
             values = row[seen]
             row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-        said, counts = history[prompt:].unique(return_counts=True)
+        said, counts = torch.unique(history[prompt:], return_counts=True)
         row[said] -= params.frequency_penalty * counts + params.presence_penalty
 
 

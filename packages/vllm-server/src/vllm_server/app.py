@@ -173,8 +173,10 @@ class Service:
             raise HttpError(400, "Give either prompt or messages.", param="prompt")
         if asked.messages is not None:
             check_messages(asked.messages)
-            options = {"add_generation_prompt": asked.add_generation_prompt}
-            ids = await asyncio.to_thread(encode_chat, self.tokenizer, self.template, asked.messages, **options)
+            opens = asked.add_generation_prompt
+            ids = await asyncio.to_thread(
+                encode_chat, self.tokenizer, self.template, asked.messages, add_generation_prompt=opens
+            )
         else:
             assert asked.prompt is not None
             ids = await asyncio.to_thread(self.tokenizer.encode, asked.prompt, asked.add_special_tokens)

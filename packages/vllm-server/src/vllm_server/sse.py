@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -66,7 +66,7 @@ class EventStream(Response):
             coming: asyncio.Task[dict[str, Any]] | None = None
             try:
                 while True:
-                    coming = coming or asyncio.ensure_future(anext(events))  # type: ignore[arg-type]
+                    coming = coming or asyncio.ensure_future(anext(events))
                     done, _ = await asyncio.wait({coming}, timeout=PING_SECONDS if started else None)
                     if not done:
                         await write(b": ping\n\n")
@@ -94,7 +94,7 @@ class EventStream(Response):
                     await asyncio.gather(coming, return_exceptions=True)
 
 
-async def until_disconnect(receive: Receive, work: "asyncio._CoroutineLike[None]") -> None:
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Run ``work``; cancel it when the client goes away."""
 
     async def gone() -> None:

@@ -17,7 +17,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from vllm_model.loaders.gguf_file import GgufHeader, GgufTensor, read_gguf_header
 from vllm_traits.errors import ModelLoadError, UnsupportedModelError, WeightsError
 
-_PLAIN: Final = {Type.F32: np.dtype("<f4"), Type.F16: np.dtype("<f2")}
+_PLAIN: Final[dict[Type, np.dtype[np.floating]]] = {Type.F32: np.dtype("<f4"), Type.F16: np.dtype("<f2")}
 SUPPORTED_TYPES: Final = (
     *(Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0),
     *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K),
@@ -130,7 +130,8 @@ def read_tensor(data: mmap.mmap, tensor: GgufTensor) -> npt.NDArray[np.float32]:
 
 def _dequantize_simple(raw: npt.NDArray[np.uint8], kind: Type) -> npt.NDArray[np.float32]:
     """Blocks of 32 values with one scale (and, Q4_1, one minimum): what small models come in, several times faster than
-    the library's general path."""
+    the library's general path.
+    """
     scale_bytes = 4 if kind == Type.Q4_1 else 2
     blocks = torch.from_numpy(raw.copy()).view(-1, scale_bytes + (32 if kind == Type.Q8_0 else 16))
     scales = blocks[:, :scale_bytes].contiguous().view(torch.float16).float()  # [num_blocks, 1 or 2]
@@ -179,7 +180,7 @@ def _check_type(tensor: GgufTensor) -> None:
 
 def _unpermuted(name: str, values: npt.NDArray[np.float32], header: GgufHeader) -> npt.NDArray[np.float32]:
     """Rows ``[head, pair, half]`` as llama.cpp stores them back to ``[head, half, pair]``."""
-    if header.architecture not in PERMUTED_ARCHITECTURES or ".q_proj." not in name and ".k_proj." not in name:
+    if header.architecture not in PERMUTED_ARCHITECTURES or (".q_proj." not in name and ".k_proj." not in name):
         return values
     key = f"{header.architecture}.attention.head_count"
     heads = header.metadata.get(key)

@@ -1,0 +1,46 @@
+"""A configuration that cannot work says so."""
+
+from typing import Any
+
+import pytest
+
+from vllm_core import Engine, EngineConfig
+from vllm_traits.errors import ConfigError, KvCacheTooSmallError
+from vllm_traits.fake_backend import FakeBackend
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"block_size": 0}, "block_size"),
+        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens"),
+        ({"max_model_len": 0}, "max_model_len"),
+        ({"long_prefill_token_threshold": -1}, "long_prefill_token_threshold"),
+        ({"scheduling_policy": "lottery"}, "scheduling_policy"),
+    ],
+)
+def test_a_wrong_value_is_named(settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        EngineConfig(**settings)
+
+
+def test_a_context_beyond_the_models_is_refused() -> None:
+    with pytest.raises(ConfigError, match="4096 at most"):
+        Engine(FakeBackend(), config=EngineConfig(max_model_len=5000))
+
+
+def test_too_little_memory_names_the_one_number_to_change() -> None:
+    with pytest.raises(KvCacheTooSmallError, match="Set max_model_len to 160 or less"):
+        Engine(FakeBackend(num_blocks=10))
+
+
+def test_speculation_is_refused() -> None:
+    with pytest.raises(ConfigError, match="speculative"):
+        Engine(FakeBackend(), FakeBackend())
+
+
+def test_the_cache_is_sized_from_the_memory() -> None:
+    engine = Engine(FakeBackend(num_blocks=1024))
+    assert engine.num_blocks == 1024
+    assert engine.kv_cache_summary() == "KV cache: 1,024 blocks of 16 tokens = 16,384 tokens, 4.0 requests of 4,096 tokens"
