@@ -1,259 +1,214 @@
-"""The server's settings, from flags, ``VLLM_*`` variables and a TOML file, in that order of precedence."""
+"""Settings, from flags, ``VLLM_*`` variables and a TOML file, in that order of precedence."""
 
 import argparse
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, get_args, get_origin
 
-from vllm_server.options import OPTIONS, Option
 from vllm_traits.errors import ConfigError
 
-MODEL = Option(name="model", parse=str, default=None, section="", help="")
-OTHER_ENV = frozenset({"VLLM_CONFIG", "VLLM_CACHE_ROOT"})
-"""Variables with our prefix that are no option: the file to read, and where models are cached."""
-
-_DESCRIPTION = """\
-Serve a language model over the OpenAI API.
-
-MODEL is a folder with safetensors, a .gguf file, or a Hugging Face id. Without one, the
-embedded default is served: SmolLM2-135M-Instruct, fetched once.
-"""
-
-_EPILOG = """\
-Every option is also a variable, VLLM_ and its name in capitals (VLLM_MAX_MODEL_LEN=4096), and a key of
-the TOML file (max-model-len = 4096, model = "..."). A flag wins over a variable, a variable over the file.
-A variable holds several values with commas between them.
-
-examples:
-  vllm-server
-  vllm-server serve ./Qwen3-0.6B --port 8080 --served-model-name qwen3
-  vllm-server serve ./model.gguf --kv-cache-memory-bytes 2G --max-model-len 8192
-  VLLM_API_KEY=secret vllm-server serve Qwen/Qwen3-0.6B --host 0.0.0.0
-  vllm-server --config server.toml
-"""
+OTHER_VARIABLES = frozenset({"VLLM_CACHE_ROOT", "VLLM_VENV"})
+"""Known variables that are no setting of the server: the cache folder, the quick start's environment."""
+MODEL, ENGINE, SERVER = "Model", "Engine", "Server"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def _option(default: Any, group: str, text: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    metadata = {"group": group, "help": text, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """The settings; ``vllm_server.options.OPTIONS`` says what each one means.
-
-    Raises:
-        ConfigError: A value is out of its range; the message names the setting.
+    """Every setting of the server. Names are vLLM's; a field ``max_model_len`` is the flag ``--max-model-len``, the variable
+    ``VLLM_MAX_MODEL_LEN`` and the TOML key ``max_model_len``.
     """
 
-    model: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_model_name: tuple[str, ...] = ()
-    api_key: tuple[str, ...] = ()
-    tokenizer: str | None = None
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    load_format: str = "auto"
-    seed: int = 0
-    chat_template: str | None = None
-    backend: str | None = None
-    tensor_parallel_size: int = 1
-    num_threads: int | None = None
-    max_model_len: int | None = None
-    gpu_memory_utilization: float = 0.9
-    kv_cache_memory_bytes: int | None = None
-    block_size: int = 16
-    enable_prefix_caching: bool = True
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 4096
-    scheduling_policy: str = "fcfs"
-    max_num_waiting: int = 10_000
-    max_body_bytes: int = 16 * 2**20
-    body_timeout: float = 30.0
-    send_timeout: float = 60.0
-    log_level: str = "info"
-    disable_log_requests: bool = False
-    shutdown_timeout: float = 60.0
+    model: str = _option("default", MODEL, "folder, .gguf file, Hugging Face id, or 'default' for SmolLM2-135M-Instruct")
+    served_model_name: str | None = _option(None, MODEL, "the name that clients ask for; the model's own if not given")
+    revision: str | None = _option(None, MODEL, "branch, tag or commit of a Hugging Face id")
+    load_format: str = _option(
+        "auto", MODEL, "dummy: random weights from the configuration", choices=("auto", "safetensors", "gguf", "dummy")
+    )
+    dtype: str = _option("auto", MODEL, "what to compute in", choices=("auto", "bfloat16", "float16", "float32"))
+    device: str = _option("auto", MODEL, "auto, cpu, cuda or cuda:N")
+    num_threads: int | None = _option(None, MODEL, "CPU threads of the model; the cores this process may use if not given")
+    chat_template: str | None = _option(None, MODEL, "a Jinja file in place of the model's own template")
+    backend: str | None = _option(
+        None, MODEL, "another backend: package.module:factory, called with the model's path, or the name of an entry point"
+    )
+    max_model_len: int | None = _option(
+        None, ENGINE, "longest request in tokens, prompt and answer; the model's own if not given"
+    )
+    max_num_seqs: int = _option(256, ENGINE, "requests that run at once")
+    max_num_batched_tokens: int = _option(4096, ENGINE, "tokens that one step runs")
+    block_size: int = _option(16, ENGINE, "tokens per KV block")
+    gpu_memory_utilization: float = _option(0.9, ENGINE, "share of a GPU's memory to use")
+    kv_cache_memory_bytes: int | None = _option(None, ENGINE, "memory for the KV cache; sized by itself if not given")
+    enable_prefix_caching: bool = _option(True, ENGINE, "keep KV blocks for prompts that begin alike")
+    scheduling_policy: str = _option("fcfs", ENGINE, "who runs first", choices=("fcfs", "priority"))
+    max_num_waiting: int = _option(10_000, ENGINE, "requests that may wait; more are refused with 429")
+    long_prefill_token_threshold: int = _option(0, ENGINE, "most tokens of one prompt in one step; 0: no limit of its own")
+    seed: int = _option(0, ENGINE, "seeds of requests without one derive from it")
+    tensor_parallel_size: int = _option(1, ENGINE, "devices; only 1 is supported")
+    host: str = _option("127.0.0.1", SERVER, "address to listen on; 0.0.0.0 for all")
+    port: int = _option(8000, SERVER, "port to listen on")
+    api_key: list[str] = _option([], SERVER, "a key that clients must send; may be given several times")
+    max_body_bytes: int = _option(32 << 20, SERVER, "largest request body")
+    shutdown_timeout: float = _option(60.0, SERVER, "seconds that running requests get to finish after SIGTERM")
+    log_level: str = _option("info", SERVER, "what is logged", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
-        for option in OPTIONS:
-            _check(option, getattr(self, option.name), option.flag)
         if self.tensor_parallel_size != 1:
-            raise ConfigError(
-                f"--tensor-parallel-size is {self.tensor_parallel_size}: this version runs a model on one device; leave it at 1."
-            )
-        if any(not key.strip() for key in self.api_key):
-            raise ConfigError("--api-key is empty: give a key, or leave the option out to serve without one.")
+            raise ConfigError(f"tensor_parallel_size is {self.tensor_parallel_size}; only 1 is supported.")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; it must be 0 to 65535.")
+        if self.max_body_bytes < 1 or self.shutdown_timeout < 0:
+            raise ConfigError("max_body_bytes must be at least 1 and shutdown_timeout at least 0.")
+        if any(not key for key in self.api_key):
+            raise ConfigError("api_key must not be empty.")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors of the command line are ConfigErrors, so that all settings fail in one way."""
+_FIELDS = {item.name: item for item in fields(ServerConfig)}
+_EPILOG = """\
+Each flag can also be given as a variable (--max-model-len: VLLM_MAX_MODEL_LEN) or in the TOML file named by --config or
+VLLM_CONFIG (max_model_len = 4096). Flags win over variables, variables over the file.
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message[:1].upper() + message[1:] + ".")
+examples:
+  vllm-server                                        the default model on http://127.0.0.1:8000
+  vllm-server serve ./model.gguf --port 9000
+  vllm-server serve Qwen/Qwen3-0.6B --max-model-len 8192 --api-key secret
 
-
-def make_parser(version: str) -> argparse.ArgumentParser:
-    """The command line; options that are not given are absent from the namespace."""
-    parser = _Parser(
-        prog="vllm-server",
-        usage="vllm-server [serve] [MODEL] [options]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        add_help=False,
-    )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder, .gguf file or Hugging Face id")
-    general = parser.add_argument_group("General")
-    general.add_argument("-h", "--help", action="help", help="Show this text and exit.")
-    general.add_argument("--version", action="version", version=f"vllm-server {version}", help="Show the version and exit.")
-    general.add_argument("--config", metavar="FILE", help="TOML file with settings. [VLLM_CONFIG]")
-    groups: dict[str, Any] = {}
-    for option in OPTIONS:
-        group = groups.setdefault(option.section, None) or parser.add_argument_group(option.section)
-        groups[option.section] = group
-        _add(group, option)
-    return parser
+then:
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+       -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+"""
 
 
-def _add(group: Any, option: Option) -> None:
-    default = "" if option.default in (None, ()) else f" Default: {_show(option)}."
-    text = f"{option.help}{default} [{option.env}]".replace("%", "%%")
-    if option.is_bool:
-        action: Any = argparse.BooleanOptionalAction if option.default else "store_true"
-        group.add_argument(option.flag, dest=option.name, action=action, help=text)
-        return
-    metavar = option.metavar or (None if option.choices else "N" if option.parse is not str else option.name.upper())
-    group.add_argument(
-        option.flag,
-        dest=option.name,
-        help=text,
-        metavar="{" + ",".join(option.choices) + "}" if option.choices else metavar,
-        action="append" if option.many else "store",
-    )
-
-
-def _show(option: Option) -> str:
-    if option.is_bool:
-        return "on" if option.default else "off"
-    if option.name == "max_body_bytes":
-        return f"{option.default // 2**20}M"
-    return f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
-
-
-def read_config(argv: Sequence[str], environ: Mapping[str, str], *, version: str = "") -> ServerConfig:
-    """Settle every setting.
+def parse_config(arguments: Sequence[str], environment: Mapping[str, str], version: str) -> ServerConfig:
+    """Put the settings together.
 
     Args:
-        argv: The command line without the program's name.
-        environ: The environment; only names that begin with ``VLLM_`` are looked at.
+        arguments: Of the command line, without the program.
+        environment: Where to look for ``VLLM_*``.
         version: What ``--version`` prints.
 
     Raises:
-        ConfigError: An unknown key or a value that cannot be; the message names it, and the nearest known key.
+        ConfigError: A key is not known or a value cannot be; the message names it.
+        SystemExit: After ``--help``, ``--version`` or a wrong flag.
     """
-    words = list(argv)
-    if words[:1] == ["serve"]:
-        del words[0]
-    namespace, rest = make_parser(version).parse_known_args(words)
-    if rest:
-        flags = ["--config", "--version", "--help", *(option.flag for option in OPTIONS), "--no-enable-prefix-caching"]
-        if rest[0].startswith("-"):
-            raise _unknown("option", rest[0].partition("=")[0], flags)
-        raise ConfigError(f"One MODEL at most: there is {rest[0]!r} besides {namespace.model!r}.")
-    given = vars(namespace)
-    config_file = given.pop("config", None) or environ.get("VLLM_CONFIG")
-    values: dict[str, Any] = _from_file(config_file) if config_file else {}
-    values.update(_from_environ(environ))
-    by_name = {option.name: option for option in (*OPTIONS, MODEL)}
-    for name, value in given.items():
-        option = by_name[name]
-        if option.is_bool:
-            values[name] = value
-        else:
-            values[name] = _parse_many(option, value, option.flag) if option.many else _parse(option, value, option.flag)
+    given = vars(_parser(version).parse_args([] if list(arguments) == ["serve"] else _without_serve(arguments)))
+    values: dict[str, Any] = {}
+    config_file = given.pop("config", None) or environment.get("VLLM_CONFIG")
+    if config_file:
+        values |= _from_file(Path(config_file))
+    values |= _from_environment(environment)
+    values |= given
     return ServerConfig(**values)
 
 
-def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
-    by_env = {option.env: option for option in (*OPTIONS, MODEL)}
-    values = {}
-    for name, text in sorted(environ.items()):
-        if not name.startswith("VLLM_") or name in OTHER_ENV:
+def _without_serve(arguments: Sequence[str]) -> list[str]:
+    return list(arguments[1:] if arguments and arguments[0] == "serve" else arguments)
+
+
+def _parser(version: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-server",
+        usage="vllm-server [serve] [MODEL] [options]",
+        description="Serve a language model over the OpenAI API.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=_FIELDS["model"].metadata["help"])
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    parser.add_argument("--version", action="version", version=f"vllm-server {version}")
+    groups = {name: parser.add_argument_group(name) for name in (MODEL, ENGINE, SERVER)}
+    for item in fields(ServerConfig):
+        if item.name == "model":
             continue
-        option = by_env.get(name)
-        if option is None:
-            raise _unknown("environment variable", name, [*by_env, *OTHER_ENV])
-        if option.many:
-            values[option.name] = _parse_many(option, [part for part in text.split(",") if part], name)
+        kind = _kind(item.type)
+        flag = "--" + item.name.replace("_", "-")
+        default = "" if item.default is None or kind is list else f" (default: {item.default})"
+        options: dict[str, Any] = {"help": item.metadata["help"] + default}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is list:
+            options |= {"action": "append", "metavar": "TEXT"}
         else:
-            values[option.name] = _parse(option, text, name)
+            options |= {"type": kind, "choices": item.metadata["choices"]}
+            if item.metadata["choices"] is None:
+                options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+        groups[item.metadata["group"]].add_argument(flag, **options)
+    return parser
+
+
+def _kind(annotation: Any) -> type:
+    """``int``, ``float``, ``str``, ``bool`` or ``list``, of a field's type."""
+    if get_origin(annotation) is list:
+        return list
+    options = [option for option in get_args(annotation) if option is not type(None)]
+    kind = options[0] if options else annotation
+    assert isinstance(kind, type)
+    return kind
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith("VLLM_") or variable in OTHER_VARIABLES or variable == "VLLM_CONFIG":
+            continue
+        name = variable.removeprefix("VLLM_").lower()
+        _check_known(name, variable, [f"VLLM_{known.upper()}" for known in _FIELDS])
+        values[name] = _converted(name, text, variable)
     return values
 
 
-def _from_file(path: str) -> dict[str, Any]:
+def _from_file(path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"The settings in {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}.") from error
-    by_name = {option.name: option for option in (*OPTIONS, MODEL)}
-    values = {}
-    for key, value in document.items():
-        option = by_name.get(key.replace("-", "_"))
-        if option is None:
-            raise _unknown(f"key in {path}:", key, [name.replace("_", "-") for name in by_name])
-        where = f"{key} in {path}"
-        if option.many:
-            values[option.name] = _parse_many(option, value if isinstance(value, list) else [value], where)
-        else:
-            values[option.name] = _from_toml(option, value, where)
-    return values
+        table = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot read the configuration {path}: {error}.") from error
+    for name, value in table.items():
+        _check_known(name, f"{name} in {path}", list(_FIELDS))
+        kind = _kind(_FIELDS[name].type)
+        fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{name} in {path} is {value!r}; it must be of type {kind.__name__}.")
+        _check_choice(name, value, f"{name} in {path}")
+    return table
 
 
-def _from_toml(option: Option, value: Any, where: str) -> Any:
-    """A TOML value has a type already: it must be the option's, save that a size may be text."""
-    if isinstance(value, str) and not option.is_bool:
-        return _parse(option, value, where)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(value, bool) != option.is_bool or (not option.is_bool and (option.parse is str or not number)):
-        raise ConfigError(f"{where} is {value!r}, which is of the wrong type.")
-    return value if option.is_bool else _parse(option, repr(value), where)
-
-
-def _parse_many(option: Option, texts: Iterable[Any], where: str) -> tuple[Any, ...]:
-    return tuple(_parse(option, text, where) for text in texts)
-
-
-def _parse(option: Option, text: Any, where: str) -> Any:
-    if not isinstance(text, str):
-        raise ConfigError(f"{where} is {text!r}; expected text.")
+def _converted(name: str, text: str, source: str) -> Any:
+    kind = _kind(_FIELDS[name].type)
+    if kind is list:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if kind is bool:
+        known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+        if text.lower() not in known:
+            raise ConfigError(f"{source} is {text!r}; it must be true or false.")
+        return known[text.lower()]
     try:
-        value = option.parse(text)
+        value = kind(text)
     except ValueError as error:
-        raise ConfigError(f"{where} is {text!r}; {error}.") from None
-    _check(option, value, where)
+        raise ConfigError(f"{source} is {text!r}; it must be of type {kind.__name__}.") from error
+    _check_choice(name, value, source)
     return value
 
 
-def _check(option: Option, value: Any, where: str) -> None:
-    if value is None or option.many:
-        return
-    if option.choices is not None and value not in option.choices:
-        raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(option.choices)}.")
-    if option.minimum is not None and not value >= option.minimum:
-        raise ConfigError(f"{where} is {value}; it must be at least {option.minimum:g}.")
-    if option.maximum is not None and not value <= option.maximum:
-        raise ConfigError(f"{where} is {value}; it must be at most {option.maximum:g}.")
+def _check_choice(name: str, value: Any, source: str) -> None:
+    choices = _FIELDS[name].metadata["choices"]
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{source} is {value!r}; it must be one of: {', '.join(choices)}.")
 
 
-def _unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    near = difflib.get_close_matches(name, list(known), 1, 0.5)
-    hint = f"Did you mean {near[0]}?" if near else "See vllm-server --help."
-    return ConfigError(f"Unknown {kind} {name}. {hint}")
-
-
-assert {field.name for field in fields(ServerConfig)} == {option.name for option in (*OPTIONS, MODEL)}
+def _check_known(name: str, source: str, known: list[str]) -> None:
+    if name not in _FIELDS:
+        near = difflib.get_close_matches(source.split(" ")[0], known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{source} is not a setting of vllm-server.{hint}")

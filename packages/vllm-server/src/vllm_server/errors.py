@@ -1,9 +1,8 @@
-"""From typed errors to OpenAI's error JSON."""
+"""OpenAI's error envelope, and which error of ours becomes which."""
 
-import math
 from typing import Any
 
-import msgspec
+from starlette.responses import JSONResponse
 
 from vllm_traits.errors import (
     BackendError,
@@ -11,21 +10,20 @@ from vllm_traits.errors import (
     EngineDeadError,
     InvalidRequestError,
     QueueFullError,
-    RequestNotFoundError,
     VllmError,
 )
 
 
-class ApiError(Exception):
-    """An answer that is an error.
+class HttpError(Exception):
+    """An answer other than success.
 
     Args:
-        status: HTTP status.
-        message: One readable sentence.
+        status: Of HTTP.
+        message: One sentence for whoever sent the request.
+        type: OpenAI's kind.
         param: The field at fault.
-        code: OpenAI's code; None gives the status as a number, as vLLM does.
-        kind: The envelope's ``type``.
-        headers: Sent with the answer.
+        code: OpenAI's code, the status if there is none.
+        headers: Further ones.
     """
 
     def __init__(
@@ -33,62 +31,43 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
+        type: str = "invalid_request_error",  # noqa: A002 - the envelope's own name
         param: str | None = None,
         code: str | None = None,
-        kind: str = "invalid_request_error",
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.kind = kind
         self.headers = headers or {}
+        self.body: dict[str, Any] = {
+            "error": {"message": message, "type": type, "param": param, "code": code if code is not None else status}
+        }
 
-    def envelope(self) -> dict[str, Any]:
-        """``{"error": {...}}``."""
-        code = self.status if self.code is None else self.code
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": code}}
-
-    def body(self) -> bytes:
-        """The envelope as JSON."""
-        return msgspec.json.encode(self.envelope())
+    def response(self) -> JSONResponse:
+        """As a response."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
 
 
-def bad_request(message: str, param: str | None = None, *, code: str | None = None) -> ApiError:
-    """What the client sent is wrong."""
-    return ApiError(400, message, param=param, code=code)
+def to_http(error: BaseException) -> HttpError:
+    """What a client is told about ``error``; nothing of the inside for what is not its fault."""
+    if isinstance(error, HttpError):
+        return error
+    if isinstance(error, ContextLengthError):
+        return HttpError(400, error.message, param=error.param, code="context_length_exceeded")
+    if isinstance(error, InvalidRequestError):
+        return HttpError(400, error.message, param=error.param)
+    if isinstance(error, QueueFullError):
+        retry = {"Retry-After": str(max(1, round(error.retry_after)))}
+        return HttpError(429, error.message, type="rate_limit_error", code="queue_full", headers=retry)
+    if isinstance(error, EngineDeadError):
+        return unavailable("The engine is not running.")
+    if isinstance(error, BackendError):
+        return HttpError(500, "The model failed on this request.", type="server_error")
+    if isinstance(error, VllmError):
+        return HttpError(500, error.message, type="server_error")
+    return HttpError(500, "Internal error.", type="server_error")
 
 
-def unavailable(message: str, retry_after: float = 1.0) -> ApiError:
-    """Not now; the client may try again."""
-    return ApiError(503, message, kind="service_unavailable_error", headers={"retry-after": _seconds(retry_after)})
-
-
-def to_api_error(error: BaseException) -> ApiError:
-    """The answer to a request that failed with ``error``; what is unexpected becomes a 500 that tells nothing."""
-    match error:
-        case ApiError():
-            return error
-        case ContextLengthError():
-            return bad_request(error.message, error.param, code="context_length_exceeded")
-        case InvalidRequestError():
-            return bad_request(error.message, error.param)
-        case QueueFullError():
-            headers = {"retry-after": _seconds(error.retry_after)}
-            return ApiError(429, error.message, code="queue_full", kind="rate_limit_error", headers=headers)
-        case RequestNotFoundError():
-            return ApiError(404, error.message, code="not_found")
-        case EngineDeadError():
-            return unavailable("The engine has stopped; try again later.", 5.0)
-        case BackendError():
-            return ApiError(500, "The model failed while it ran this request.", kind="server_error")
-        case VllmError():
-            return ApiError(500, error.message, kind="server_error")
-        case _:
-            return ApiError(500, "The server made a mistake; its log says more.", kind="server_error")
-
-
-def _seconds(value: float) -> str:
-    return str(max(1, math.ceil(value)))
+def unavailable(message: str) -> HttpError:
+    """503, to be tried again."""
+    return HttpError(503, message, type="server_error", code="unavailable", headers={"Retry-After": "5"})
