@@ -28,9 +28,11 @@ def main() -> None:
         print(f"\nYou: {question}\nModel: ", end="", flush=True)
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         model = client.models.list().data[0].id
-        messages = [{"role": "user", "content": question}]
+        chunks = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=200, stream=True
+        )
         first = None
-        for chunk in client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=200, stream=True):
+        for chunk in chunks:
             if chunk.choices and chunk.choices[0].delta.content:
                 first = first or time.perf_counter()
                 print(chunk.choices[0].delta.content, end="", flush=True)
@@ -40,9 +42,7 @@ def main() -> None:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(30)
-    print(
-        f"Keep it running with\n\n    {shown(SERVER)}\n\nand use http://127.0.0.1:8000/v1 as the base URL of any OpenAI client."
-    )
+    print(f"Keep it running with\n\n    {shown(SERVER)}\n\nand give any OpenAI client the base URL http://127.0.0.1:8000/v1")
 
 
 def free_port() -> int:

@@ -77,7 +77,7 @@ def _has_torch(python: Path) -> bool:
 
 
 def _pip(python: Path, *arguments: str, quiet_errors: bool = False) -> bool:
-    command = [python, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, stderr=subprocess.DEVNULL if quiet_errors else None).returncode == 0
 
 

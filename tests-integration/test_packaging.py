@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import itertools
 import tomllib
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_one_version_and_sibling_pins() -> None:
     versions = {importlib.import_module(package).__version__ for package in PACKAGES}
     assert len(versions) == 1
     (version,) = versions
-    for lower, package in zip(PACKAGES, PACKAGES[1:], strict=False):
+    for lower, package in itertools.pairwise(PACKAGES):
         pins = [text for text in project(package)["dependencies"] if text.startswith("vllm-")]  # type: ignore[attr-defined]
         assert pins == [f"{lower.replace('_', '-')}=={version}"]
         assert importlib.metadata.version(package.replace("_", "-")) == version

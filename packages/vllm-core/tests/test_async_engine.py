@@ -15,10 +15,8 @@ from vllm_traits.fake_backend import FakeBackend, expected_tokens
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
 
-def with_engine(
-    test: Callable[[AsyncEngine], Awaitable[None]], backend: FakeBackend | None = None, **settings: Any
-) -> AsyncEngine:
-    engine = AsyncEngine(Engine(backend or FakeBackend(), config=EngineConfig(**settings)))
+def with_engine(test: Callable[[AsyncEngine], Awaitable[None]], backend: FakeBackend | None = None) -> AsyncEngine:
+    engine = AsyncEngine(Engine(backend or FakeBackend(), config=EngineConfig()))
 
     async def run() -> None:
         await engine.start()

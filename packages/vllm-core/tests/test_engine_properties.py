@@ -1,11 +1,11 @@
 """Laws of the engine on random workloads and tiny pools.
 
-The fake backend's tokens follow from what it reads back from its cache, so a stale block, an aliased slot or a lost token changes
-an output.
+The fake backend's tokens follow from what it reads back from its cache, so a stale block, an aliased slot or a lost token
+changes an output.
 """
 
-import random
 from dataclasses import dataclass, field
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -23,11 +23,11 @@ class World:
     """A random engine, random requests, and what each must answer."""
 
     seed: int
-    random: random.Random = field(init=False)
+    random: Random = field(init=False)
     num_failures: int = 0
 
     def __post_init__(self) -> None:
-        r = self.random = random.Random(self.seed)
+        r = self.random = Random(self.seed)
         self.block_size, self.num_blocks = r.choice([2, 3, 4]), r.randint(4, 12)
         self.max_len = self.block_size * self.num_blocks
         max_num_seqs = r.randint(1, 6)

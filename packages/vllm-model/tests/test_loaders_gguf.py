@@ -87,7 +87,7 @@ def test_missing_surplus_and_misshapen_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", {"token_embd.weight": np.ones((4, 32), np.float32)})
     with pytest.raises(WeightsError, match=r"'model\.norm\.weight' is missing"):
         load_gguf(path, {EMBED: (4, 32), "model.norm.weight": (32,)}, dtype=torch.float32, device=CPU)
-    with pytest.raises(WeightsError, match="token_embd.*surplus"):
+    with pytest.raises(WeightsError, match=r"token_embd.*surplus"):
         load_gguf(path, {}, dtype=torch.float32, device=CPU)
     with pytest.raises(WeightsError, match=r"token_embd.*\(4, 32\)"):
         load_gguf(path, {EMBED: (4, 64)}, dtype=torch.float32, device=CPU)
@@ -96,7 +96,7 @@ def test_missing_surplus_and_misshapen_are_named(tmp_path: Path) -> None:
 def test_unsupported_type_lists_those_that_work(tmp_path: Path) -> None:
     kinds = {"token_embd.weight": Type.IQ4_NL}
     path = write(tmp_path / "m.gguf", {"token_embd.weight": raw_blocks(Type.IQ4_NL, 4, 32)}, kinds)
-    with pytest.raises(UnsupportedModelError, match="IQ4_NL.*Q4_0.*Q6_K"):
+    with pytest.raises(UnsupportedModelError, match=r"IQ4_NL.*Q4_0.*Q6_K"):
         load_gguf(path, {EMBED: (4, 32)}, dtype=torch.float32, device=CPU)
 
 
@@ -153,4 +153,4 @@ def test_damaged_headers_give_typed_errors_only(tmp_path_factory: pytest.TempPat
     try:
         load_gguf(folder / "m.gguf", {EMBED: (4, 32)}, dtype=torch.float32, device=CPU)
     except VllmError as error:
-        assert error.message
+        assert error.message  # noqa: PT017 - loading it is right as well

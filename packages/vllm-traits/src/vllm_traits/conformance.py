@@ -98,9 +98,12 @@ def spec_is_sound(make_backend: MakeBackend) -> None:
     """The specification is usable and constant, and a block costs memory."""
     backend = make_backend()
     assert isinstance(backend, ModelBackend)
-    assert backend.spec == backend.spec and backend.spec.vocab_size > 0 and backend.spec.max_model_len > 0
+    assert backend.spec == backend.spec, "the spec must be constant"
+    assert backend.spec.vocab_size > 0
+    assert backend.spec.max_model_len > 0
     budget = backend.kv_cache_budget(block_size=_BLOCK_SIZE, max_num_seqs=4, max_num_batched_tokens=256)
-    assert budget.bytes_per_block > 0 and budget.num_blocks > 0
+    assert budget.bytes_per_block > 0
+    assert budget.num_blocks > 0
     backend.close()
     backend.close()
 

@@ -1,0 +1,74 @@
+"""Small random models, and the reference that they are compared with."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_traits import Batch, BatchState, SamplingParams, SeqId, StepId
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
+    """A function from an architecture and changes to its configuration to a folder and transformers' model of it."""
+    import transformers
+
+    def make(architecture: str, **changes: Any) -> tuple[Path, Any]:
+        folder = tmp_path_factory.mktemp(architecture)
+        config_class = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
+        config = config_class(**(SMALL | changes), attn_implementation="eager")
+        torch.manual_seed(0)
+        model = getattr(transformers, architecture)(config).float().eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.2)  # the default is so small that errors would hide
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        if config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        save_file(weights, folder / "model.safetensors")
+        raw = config.to_dict() | {"architectures": [architecture], "dtype": "float32"}
+        (folder / "config.json").write_text(json.dumps(raw, default=str))
+        return folder, model
+
+    return make
+
+
+def batch_of(state: BatchState, rows: list[tuple[int, int]], *, params: SamplingParams | None = None, step: int = 1) -> Batch:
+    """A step that runs ``(slot, num_computed)`` rows up to all their known tokens, sampling after each."""
+    slots = np.array([slot for slot, _ in rows], np.int32)
+    computed = np.array([start for _, start in rows], np.int32)
+    lens = state.num_tokens[slots] - computed
+    for slot in slots.tolist():
+        state.params[slot] = params or state.params[slot] or SamplingParams(temperature=0)
+    tokens = [state.token_ids[slot, start : state.num_tokens[slot]] for slot, start in rows]
+    return Batch(
+        step_id=StepId(step),
+        state=state,
+        slots=slots,
+        seq_ids=tuple(SeqId(int(slot)) for slot in slots),
+        token_ids=np.concatenate(tokens).astype(np.int32),
+        query_start=np.concatenate([[0], np.cumsum(lens)]).astype(np.int32),
+        num_computed=computed,
+        sample=np.ones(len(rows), np.bool_),
+        num_draft=np.zeros(len(rows), np.int32),
+        changed_slots=slots,
+    )

@@ -1,0 +1,91 @@
+"""The torch backend keeps the contract, and its settings are checked."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_core import Engine, EngineConfig, SamplingParams
+from vllm_model import load_backend
+from vllm_model.backend import free_memory_bytes, usable_cores
+from vllm_traits import conformance
+from vllm_traits.errors import BackendOutOfMemoryError, ConfigError, KvCacheTooSmallError, UnsupportedModelError
+
+
+@pytest.fixture(scope="module")
+def folder(random_model: Callable[..., tuple[Path, Any]]) -> Path:
+    return random_model("Qwen3ForCausalLM", head_dim=16)[0]
+
+
+@pytest.mark.parametrize("law", conformance.LAWS, ids=lambda law: law.__name__)
+def test_the_contract(law: Callable[..., None], folder: Path) -> None:
+    law(lambda: load_backend(folder))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtypes_run(folder: Path, dtype: str) -> None:
+    engine = Engine(load_backend(folder, dtype=dtype, kv_cache_memory_bytes=1 << 22))
+    output = engine.add_request("a", [1, 2, 3], SamplingParams(temperature=0, max_tokens=5))
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert len(output.outputs[0].token_ids) == 5
+
+
+def test_a_seeded_request_gives_the_same_tokens_alone_and_among_others(folder: Path) -> None:
+    def run(others: int) -> list[int]:
+        engine = Engine(load_backend(folder), config=EngineConfig(max_num_batched_tokens=300))
+        params = SamplingParams(seed=11, temperature=0.9, top_p=0.95, max_tokens=20)
+        outputs = [engine.add_request("mine", list(range(30)), params)]
+        for i in range(others):
+            outputs.append(engine.add_request(str(i), [i] * (5 + i), SamplingParams(seed=i, max_tokens=25)))
+        while engine.has_unfinished_requests():
+            engine.step()
+        return outputs[0].outputs[0].token_ids
+
+    assert run(31) == run(0)
+
+
+def test_memory_is_sized_and_too_little_is_refused(folder: Path) -> None:
+    backend = load_backend(folder, kv_cache_memory_bytes=1 << 20)
+    budget = backend.kv_cache_budget(block_size=16, max_num_seqs=256, max_num_batched_tokens=4096)
+    assert budget.bytes_per_block == 3 * 2 * 2 * 16 * 16 * 4
+    assert budget.num_blocks == (1 << 20) // budget.bytes_per_block
+    with pytest.raises(KvCacheTooSmallError, match="Set max_model_len to 80 or less"):
+        Engine(load_backend(folder, kv_cache_memory_bytes=5 * budget.bytes_per_block))
+    unbounded = load_backend(folder)
+    assert unbounded.kv_cache_budget(block_size=16, max_num_seqs=8, max_num_batched_tokens=64).available_bytes > 0
+    with pytest.raises(BackendOutOfMemoryError):
+        Engine(unbounded, config=EngineConfig(num_blocks=1 << 40))
+    assert usable_cores() >= 1
+    assert free_memory_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "int3"}, "dtype"),
+        ({"device": "tpu"}, "device"),
+        ({"device": "cuda:7"}, "device"),
+        ({"quantization": "int1"}, "quantization"),
+        ({"load_format": "pickle"}, "load_format"),
+        ({"max_model_len": 1000}, "max_model_len"),
+        ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization"),
+    ],
+)
+def test_wrong_settings_are_named(folder: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_backend(folder, **settings)
+
+
+def test_an_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
+    with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM.*LlamaForCausalLM"):
+        load_backend(tmp_path)
+
+
+def test_dummy_weights_need_no_weights(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    backend = load_backend(tmp_path, load_format="dummy")
+    assert backend.dtype == torch.float32

@@ -1,0 +1,110 @@
+"""Sampling is exact, and depends on nothing but the request."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import batch_of
+
+from vllm_model.sampler import gumbel_noise, sample, token_logprobs
+from vllm_traits import BatchState, SamplingParams
+
+CPU = torch.device("cpu")
+
+
+def draw(
+    logits: torch.Tensor, params: SamplingParams, num: int, *, prompt: int = 1, history: list[int] | None = None
+) -> np.ndarray:
+    """``num`` tokens from one distribution, with seeds 0, 1, 2, ..."""
+    tokens = history or [0]
+    state = BatchState(num, 64, 16)
+    state.token_ids[:, : len(tokens)] = tokens
+    state.num_tokens[:] = len(tokens)
+    state.num_prompt_tokens[:] = prompt
+    state.seed[:] = np.arange(num)
+    for name in ("temperature", "top_p", "min_p"):
+        getattr(state, name)[:] = getattr(params, name)
+    state.top_k[:] = max(params.top_k, 0)
+    state.stop_token_ids = [(0,)] * num
+    batch = batch_of(state, [(slot, len(tokens) - 1) for slot in range(num)], params=params)
+    return sample(logits.repeat(num, 1), batch, np.arange(num)).numpy()
+
+
+def chi_squared(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """Of observed counts; tokens without probability must not occur."""
+    assert not counts[probabilities == 0].any()
+    expected = probabilities[probabilities > 0] * counts.sum()
+    return float(((counts[probabilities > 0] - expected) ** 2 / expected).sum())
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, -3.0])
+HALF = np.exp(LOGITS.numpy() / 0.5)
+
+
+def kept(keep: list[int], temperature: float) -> np.ndarray:
+    weights = np.where(np.isin(np.arange(8), keep), np.exp(LOGITS.numpy() / temperature), 0.0)
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize(
+    ("params", "probabilities"),
+    [
+        (SamplingParams(temperature=1.0), kept(list(range(8)), 1.0)),
+        (SamplingParams(temperature=0.5), kept(list(range(8)), 0.5)),
+        (SamplingParams(temperature=2.0, top_k=3), kept([0, 6, 1], 2.0)),
+        (SamplingParams(temperature=1.0, top_p=0.6), kept([0, 6], 1.0)),
+        (SamplingParams(temperature=1.0, min_p=0.3), kept([0, 6, 1], 1.0)),
+        (SamplingParams(temperature=1.0, top_k=4, top_p=0.9), kept([0, 6, 1], 1.0)),
+        (SamplingParams(temperature=1.0, allowed_token_ids=[3, 7]), kept([3, 7], 1.0)),
+    ],
+)
+def test_the_distribution_is_exact(params: SamplingParams, probabilities: np.ndarray) -> None:
+    counts = np.bincount(draw(LOGITS, params, 20_000), minlength=8)
+    degrees = int((probabilities > 0).sum()) - 1
+    assert chi_squared(counts, probabilities) < degrees + 5 * (2 * degrees) ** 0.5  # five standard deviations
+
+
+def test_temperature_zero_takes_the_most_likely() -> None:
+    assert set(draw(LOGITS, SamplingParams(temperature=0), 50)) == {0}
+
+
+def test_noise_is_a_function_of_seed_position_and_token() -> None:
+    alone = gumbel_noise(np.array([5]), np.array([9]), 100, CPU)
+    crowd = gumbel_noise(np.arange(32), np.full(32, 9), 100, CPU)
+    assert torch.equal(alone[0], crowd[5])
+    assert not torch.equal(crowd[5], gumbel_noise(np.array([5]), np.array([10]), 100, CPU)[0])
+    assert torch.equal(alone[0, :50], gumbel_noise(np.array([5]), np.array([9]), 50, CPU)[0])
+    values = gumbel_noise(np.array([-(2**63), 2**63 - 1]), np.array([0, 1]), 100_000, CPU)
+    assert values.isfinite().all()
+    assert abs(float(values.mean()) - 0.5772) < 0.02  # Euler's constant, the mean of a Gumbel variable
+    assert abs(float(values.var()) - 1.6449) < 0.05
+
+
+def test_penalties() -> None:
+    flat = torch.zeros(8)
+    history = [3, 3, 5, 5, 6]  # the first two are the prompt
+
+    def best(**params: float) -> int:
+        greedy = SamplingParams(temperature=0, **params)  # type: ignore[arg-type]
+        return int(draw(flat + torch.tensor([0, 0, 0, 3.0, 0, 2.5, 2.0, 1.0]), greedy, 1, prompt=2, history=history)[0])
+
+    assert best() == 3
+    assert best(repetition_penalty=2.0) == 3  # 1.5 against 1.25 and 1.0 of the others seen, and 1.0
+    assert best(repetition_penalty=4.0) == 7
+    assert best(presence_penalty=-1.0) == 5  # only what was generated counts
+    assert best(frequency_penalty=-0.4) == 5  # 2.5 + 2 * 0.4
+    assert best(frequency_penalty=-0.2) == 3
+
+
+def test_bias_and_minimum_length() -> None:
+    assert draw(LOGITS, SamplingParams(temperature=0, logit_bias={7: 100.0}), 1)[0] == 7
+    assert draw(LOGITS, SamplingParams(temperature=0, logit_bias={0: -100.0}), 1)[0] == 6
+    assert draw(LOGITS, SamplingParams(temperature=0, min_tokens=1), 1)[0] == 6  # 0 would stop
+    assert draw(LOGITS, SamplingParams(temperature=0, min_tokens=1), 1, history=[0, 1])[0] == 0
+
+
+def test_logprobs_are_of_the_raw_logits() -> None:
+    (entry,) = token_logprobs(LOGITS[None], [1], 2)
+    expected = LOGITS.double().log_softmax(-1)
+    assert entry.token_ids == [1, 0, 6]
+    assert entry.rank == 3
+    np.testing.assert_allclose(entry.logprobs, expected[[1, 0, 6]].numpy(), rtol=1e-5)

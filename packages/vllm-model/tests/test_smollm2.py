@@ -1,0 +1,138 @@
+"""The real default model, SmolLM2-135M-Instruct: token for token what transformers says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_core import SamplingParams
+from vllm_model import LLM, Tokenizer, resolve_model
+from vllm_model.loaders import load_config, load_weights, read_gguf_metadata
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n    ",
+    "Water boils at",
+    "1, 2, 3, 5, 8, 13,",
+    "The three most important things in life are",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "La capitale de l'Allemagne est",
+]
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+NUM_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    return resolve_model("default")
+
+
+@pytest.fixture(scope="module")
+def folder(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as a Hugging Face folder in float32."""
+    path = tmp_path_factory.mktemp("smollm2")
+    config = load_config(gguf)
+    save_file(load_weights(gguf, config, dtype=torch.float32), path / "model.safetensors")
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "max_position_embeddings": config.max_model_len,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "eos_token_id": config.eos_token_ids[0],
+        "torch_dtype": "float32",
+    }
+    (path / "config.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer.from_pretrained(gguf)
+    (path / "tokenizer.json").write_text(tokenizer._tokenizer.to_str())
+    template = read_gguf_metadata(gguf)["tokenizer.chat_template"]
+    settings = {"chat_template": template, "bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, gguf: Path) -> list[list[int]]:
+    """transformers' greedy continuations."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_pretrained(gguf)
+    tokens = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NUM_TOKENS,
+            min_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        tokens.append(out[0, ids.shape[1] :].tolist())
+    return tokens
+
+
+def generate(llm: LLM, prompts: list[Any]) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def test_alone_batched_chunked_and_behind_a_prefix(folder: Path, expected: list[list[int]]) -> None:
+    llm = LLM(folder, dtype="float32", max_model_len=256)
+    assert generate(llm, PROMPTS[:1]) == expected[:1]
+    assert generate(llm, PROMPTS) == expected
+    assert llm.tokenizer is not None
+    longer = [[*llm.tokenizer.encode(prompt), *tokens[:40]] for prompt, tokens in zip(PROMPTS, expected, strict=True)]
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS - 40, ignore_eos=True)
+    outputs = llm.generate(longer, params, use_tqdm=False)
+    assert all(output.num_cached_tokens >= 32 for output in outputs)
+    assert [output.outputs[0].token_ids for output in outputs] == [tokens[40:] for tokens in expected]
+
+
+def test_chunked_to_seven_tokens_a_step(folder: Path, expected: list[list[int]]) -> None:
+    llm = LLM(folder, dtype="float32", max_model_len=256, max_num_seqs=4, max_num_batched_tokens=7)
+    assert generate(llm, PROMPTS) == expected
+
+
+def test_preempted_in_a_pool_too_small(folder: Path, expected: list[list[int]]) -> None:
+    llm = LLM(folder, dtype="float32", max_model_len=112, num_blocks=16)
+    assert generate(llm, PROMPTS) == expected
+    assert llm.engine.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("source", ["gguf", "folder"])
+def test_the_capital_of_france(source: str, request: pytest.FixtureRequest) -> None:
+    llm = LLM(request.getfixturevalue(source), max_model_len=512)
+    outputs = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=32), use_tqdm=False)
+    assert "Paris" in outputs[0].outputs[0].text
+    assert outputs[0].outputs[0].finish_reason == "stop"
+    assert "<|im_end|>" not in outputs[0].outputs[0].text
+
+
+def test_prompt_logprobs_are_those_of_transformers(folder: Path) -> None:
+    import transformers
+
+    llm = LLM(folder, dtype="float32", max_model_len=256, max_num_batched_tokens=16, max_num_seqs=2)
+    assert llm.tokenizer is not None
+    ids = llm.tokenizer.encode(" ".join(PROMPTS))
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    entries = llm.generate([ids], params, use_tqdm=False)[0].prompt_logprobs
+    assert entries is not None
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    reference = [float(logprobs[i, token]) for i, token in enumerate(ids[1:])]
+    assert [entry.logprobs[0] for entry in entries[1:] if entry] == pytest.approx(reference, abs=2e-3)
