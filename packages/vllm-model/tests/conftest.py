@@ -5,12 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from vllm_traits import Batch, BatchState, SamplingParams, SeqId, StepId
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -50,25 +47,3 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tupl
         return folder, model
 
     return make
-
-
-def batch_of(state: BatchState, rows: list[tuple[int, int]], *, params: SamplingParams | None = None, step: int = 1) -> Batch:
-    """A step that runs ``(slot, num_computed)`` rows up to all their known tokens, sampling after each."""
-    slots = np.array([slot for slot, _ in rows], np.int32)
-    computed = np.array([start for _, start in rows], np.int32)
-    lens = state.num_tokens[slots] - computed
-    for slot in slots.tolist():
-        state.params[slot] = params or state.params[slot] or SamplingParams(temperature=0)
-    tokens = [state.token_ids[slot, start : state.num_tokens[slot]] for slot, start in rows]
-    return Batch(
-        step_id=StepId(step),
-        state=state,
-        slots=slots,
-        seq_ids=tuple(SeqId(int(slot)) for slot in slots),
-        token_ids=np.concatenate(tokens).astype(np.int32),
-        query_start=np.concatenate([[0], np.cumsum(lens)]).astype(np.int32),
-        num_computed=computed,
-        sample=np.ones(len(rows), np.bool_),
-        num_draft=np.zeros(len(rows), np.int32),
-        changed_slots=slots,
-    )

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_model.attention import GqaAttention, plan_attention
 from vllm_model.kv_cache import PagedKvCache
 from vllm_traits import BatchState
+from vllm_traits.conformance import batch_of
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:

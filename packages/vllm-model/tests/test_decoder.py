@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of
 
 from vllm_model.attention import plan_attention
 from vllm_model.backend import load_backend
 from vllm_traits import BatchState
+from vllm_traits.conformance import batch_of
 
 LLAMA3 = {
     "rope_type": "llama3",

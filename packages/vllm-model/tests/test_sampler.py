@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of
 
 from vllm_model.sampler import gumbel_noise, sample, token_logprobs
 from vllm_traits import BatchState, SamplingParams
+from vllm_traits.conformance import batch_of
 
 CPU = torch.device("cpu")
 
