@@ -10,7 +10,7 @@ import torch
 from vllm_core import Engine, EngineConfig, SamplingParams
 from vllm_model import load_backend
 from vllm_model.backend import free_memory_bytes, usable_cores
-from vllm_traits import conformance
+from vllm_traits import BatchState, conformance
 from vllm_traits.errors import BackendOutOfMemoryError, ConfigError, KvCacheTooSmallError, UnsupportedModelError
 
 
@@ -57,7 +57,7 @@ def test_memory_is_sized_and_too_little_is_refused(folder: Path) -> None:
     unbounded = load_backend(folder)
     assert unbounded.kv_cache_budget(block_size=16, max_num_seqs=8, max_num_batched_tokens=64).available_bytes > 0
     with pytest.raises(BackendOutOfMemoryError):
-        Engine(unbounded, config=EngineConfig(num_blocks=1 << 40))
+        unbounded.initialize(BatchState(1, 16, 16), num_blocks=1 << 40, max_num_batched_tokens=16)
     assert usable_cores() >= 1
     assert free_memory_bytes() > 0
 

@@ -53,7 +53,7 @@ def kept(keep: list[int], temperature: float) -> np.ndarray:
         (SamplingParams(temperature=2.0, top_k=3), kept([0, 6, 1], 2.0)),
         (SamplingParams(temperature=1.0, top_p=0.6), kept([0, 6], 1.0)),
         (SamplingParams(temperature=1.0, min_p=0.3), kept([0, 6, 1], 1.0)),
-        (SamplingParams(temperature=1.0, top_k=4, top_p=0.9), kept([0, 6, 1], 1.0)),
+        (SamplingParams(temperature=1.0, top_k=4, top_p=0.85), kept([0, 6, 1], 1.0)),
         (SamplingParams(temperature=1.0, allowed_token_ids=[3, 7]), kept([3, 7], 1.0)),
     ],
 )

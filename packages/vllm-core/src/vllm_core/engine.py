@@ -262,8 +262,8 @@ class Engine:
         committed = self.scheduler.commit(step, output)
         self._record(step, committed)
         if self._troubled:
-            for sequence in self._troubled.intersection(committed.sequences):
-                sequence.num_failures = 0
+            for sequence in [each for each in self._troubled if self.scheduler.got_past_failure(each)]:
+                sequence.num_failures = sequence.failed_at = 0
                 self._troubled.discard(sequence)
 
     def _drain(self) -> None:
@@ -288,8 +288,7 @@ class Engine:
         failed = [sequence for sequence in self.scheduler.rewind(steps) if sequence.status is Status.RUNNING]
         logger.warning("A step of %d sequences failed: %s", len(failed), error)
         if isinstance(error, BackendOutOfMemoryError) and len(self.scheduler.running) > 1:
-            for sequence in self.scheduler.running[len(self.scheduler.running) // 2 :]:
-                self.scheduler.preempt(sequence)
+            self.scheduler.give_way()
             return
         for sequence in failed:
             sequence.num_failures += 1

@@ -31,6 +31,10 @@ ALONE_AFTER = 2
 """Failed steps after which a sequence runs alone, to find out whether it is the cause."""
 
 
+STEPS_TO_ONE_MORE = 64
+"""Steps that must succeed after the device was out of memory before one more sequence may run."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
     """A batch, and what is needed to take its result in.
@@ -82,6 +86,8 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # a heap by key; aborted ones are dropped when they come up
         self._parked: dict[bytes, list[Sequence]] = {}  # by the prefix key that they wait for
         self._computing: dict[bytes, Sequence] = {}  # prefix keys that a running sequence is going to register
+        self._most_running = config.max_num_seqs
+        self._steps_at_most = 0
         self._blocked: tuple[Sequence, int] | None = None  # the head of the queue, and the free blocks that were too few
         self._free_slots = [SlotId(slot) for slot in reversed(range(config.max_num_seqs))]
         self._fenced: deque[tuple[StepId, list[BlockId], SlotId]] = deque()
@@ -153,6 +159,10 @@ class Scheduler:
         """Take in what a step gave. Steps are committed in the order in which they were scheduled."""
         batch, state = step.batch, self.state
         self._complete(batch.step_id)
+        if self._most_running < self.config.max_num_seqs:
+            self._steps_at_most += 1
+            if self._steps_at_most == STEPS_TO_ONE_MORE:
+                self._most_running, self._steps_at_most = self._most_running + 1, 0
         alive = self._epochs[batch.slots] == step.epochs
         slots = batch.slots[alive]
         self._committed[slots] = (batch.num_computed + step.lens)[alive]
@@ -197,10 +207,22 @@ class Scheduler:
                     continue
                 self._computed[slot] = batch.num_computed[row]
                 self._pending[slot] -= int(batch.sample[row])
+                sequence.failed_at = max(sequence.failed_at, int(batch.num_computed[row] + step.lens[row]))
                 if step is steps[0]:
                     failed.append(sequence)
         self._complete(self._last_step)
         return failed
+
+    def got_past_failure(self, sequence: Sequence) -> bool:
+        """Whether a sequence has computed what it once failed on."""
+        return sequence.slot is not None and int(self._committed[sequence.slot]) >= sequence.failed_at
+
+    def give_way(self) -> None:
+        """The device is out of memory: the later half of the running sequences waits, and few are let in for a while."""
+        keep = max(1, len(self.running) // 2)
+        for sequence in self.running[keep:]:
+            self.preempt(sequence)
+        self._most_running, self._steps_at_most = keep, 0
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks and slot, and queue it again."""
@@ -269,7 +291,7 @@ class Scheduler:
         """Take waiting sequences in, in order, while there is budget, a slot, and room for all their known tokens."""
         slots: list[int] = []
         lens: list[int] = []
-        while budget > 0 and self._free_slots and self._waiting:
+        while budget > 0 and self._free_slots and self._waiting and len(self.running) < self._most_running:
             sequence = self._waiting[0]
             if sequence.status is not Status.WAITING:
                 heappop(self._waiting)

@@ -52,7 +52,8 @@ class Sequence:
         keys: Prefix keys of its known full blocks.
         blocks: Its block table.
         num_registered: Blocks, from the first, that the cache knows or knew.
-        num_failures: Steps with it that failed.
+        num_failures: Steps with it that failed without its getting past the place since.
+        failed_at: That place, in computed tokens.
     """
 
     seq_id: SeqId
@@ -70,6 +71,7 @@ class Sequence:
     slot: SlotId | None = None
     status: Status = Status.WAITING
     num_failures: int = 0
+    failed_at: int = 0
     was_admitted: bool = False
 
     @property
