@@ -1,10 +1,10 @@
 """Text that comes in pieces is the text that comes at once, and never shows part of a character or of a stop string."""
 
+from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as RustTokenizer
@@ -16,11 +16,9 @@ ids = st.lists(st.integers(0, 49151), max_size=30)
 cuts = st.lists(st.integers(0, 30), max_size=6)
 
 
-def load(cache: dict[Path, Tokenizer] = {}) -> Tokenizer:  # noqa: B006 - a cache is what is wanted
-    path = resolve_model("default")
-    if path not in cache:
-        cache[path] = Tokenizer.from_pretrained(path)
-    return cache[path]
+@cache
+def load() -> Tokenizer:
+    return Tokenizer.from_pretrained(resolve_model("default"))
 
 
 def pieces(
@@ -40,9 +38,11 @@ def test_pieces_join_to_the_whole(tokens: list[int], at: list[int], skip: bool) 
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs"])), cuts)
+@given(st.text(), cuts)
 def test_no_piece_ends_inside_a_character(text: str, at: list[int]) -> None:
-    texts, _ = pieces(load(), load().encode_ordinary(text), at, SamplingParams())
+    tokens = load().encode_ordinary(text)
+    assume(load().decode(tokens) == text)  # its vocabulary lacks a few bytes
+    texts, _ = pieces(load(), tokens, at, SamplingParams())
     assert "\ufffd" not in "".join(texts).replace("\ufffd", "", text.count("\ufffd"))
     assert "".join(texts) == text
 
