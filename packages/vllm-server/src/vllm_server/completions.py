@@ -198,8 +198,9 @@ class ChatAnswer(Answer):
                 | self.ids(delta)
             )
         if delta.finish_reason is not None:
-            left = self._logprobs(delta) if not choices else None
-            choices.append(self._finished(delta) | {"delta": {}, "logprobs": left})
+            # Tokens without text, such as the last, come with the end.
+            rest = {"logprobs": None} if choices else {"logprobs": self._logprobs(delta)} | self.ids(delta)
+            choices.append(self._finished(delta) | {"delta": {}} | rest)
         return choices
 
     def _finished(self, delta: Delta) -> dict[str, Any]:
