@@ -32,7 +32,12 @@ def test_the_hash_is_the_documented_one() -> None:
 def test_bits_look_uniform_along_every_axis() -> None:
     near = torch.arange(1 << 14)
     zero = integers(0)
-    for bits in (noise_bits(zero, zero, near), noise_bits(zero, near, zero), noise_bits(near, zero, zero), noise_bits(near << 32, zero, zero)):
+    for bits in (
+        noise_bits(zero, zero, near),
+        noise_bits(zero, near, zero),
+        noise_bits(near, zero, zero),
+        noise_bits(near << 32, zero, zero),
+    ):
         for shift in (0, 8, 16, 24):
             counts = torch.bincount((bits >> shift) & 255, minlength=256).double()
             chi_square = ((counts - 64) ** 2 / 64).sum()

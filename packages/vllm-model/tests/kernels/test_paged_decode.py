@@ -7,6 +7,7 @@ from vllm_model.kernels.paged_decode import DecodeConfig, DecodePlan, paged_deco
 
 Check = Callable[..., None]
 Make = Callable[..., Any]
+DOT_TYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter's tl.dot takes no bf16
 
 
 def run(
@@ -23,7 +24,9 @@ def run(
     for _ in range(2):  # the second run finds the counters as the first left them
         out = torch.full_like(q, float("nan"))
         plan.update(lens, paged.slots)
-        paged_decode(q, paged.cache, paged.tables, paged.slots, lens, plan, k_scale=paged.k_scale, v_scale=paged.v_scale, out=out)
+        paged_decode(
+            q, paged.cache, paged.tables, paged.slots, lens, plan, k_scale=paged.k_scale, v_scale=paged.v_scale, out=out
+        )
         check(out, expected, 1e-2)
         assert not plan.counts.any()
 
@@ -31,20 +34,22 @@ def run(
 @pytest.mark.parametrize("programs", [1, 3])
 def test_rows_of_any_length(programs: int, make_paged: Make, device: str, check: Check) -> None:
     config = DecodeConfig(tile=16, programs_per_sm=programs, num_stages=1)
-    run([1, 40, 0, 17, 16, 33], 4, 2, 32, torch.bfloat16, make_paged, device, check, config=config, padding=(4,))
+    run([1, 40, 0, 17, 16, 33], 4, 2, 32, DOT_TYPE, make_paged, device, check, config=config, padding=(4,))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 80), (2, 2, 64)])
 def test_odd_heads(heads: int, kv_heads: int, head_dim: int, make_paged: Make, device: str, check: Check) -> None:
-    run([5, 70], heads, kv_heads, head_dim, torch.float16, make_paged, device, check, config=DecodeConfig(tile=32, num_stages=1))
+    run(
+        [5, 70], heads, kv_heads, head_dim, torch.float16, make_paged, device, check, config=DecodeConfig(tile=32, num_stages=1)
+    )
 
 
 def test_e4m3(make_paged: Make, device: str, check: Check) -> None:
-    run([20, 3], 4, 2, 32, torch.bfloat16, make_paged, device, check, fp8=True, config=DecodeConfig(tile=32, num_stages=1))
+    run([20, 3], 4, 2, 32, DOT_TYPE, make_paged, device, check, fp8=True, config=DecodeConfig(tile=32, num_stages=1))
 
 
 def test_several_queries(make_paged: Make, device: str, check: Check) -> None:
-    run([20, 3, 50], 4, 2, 32, torch.bfloat16, make_paged, device, check, queries=3, config=DecodeConfig(tile=16, num_stages=1))
+    run([20, 3, 50], 4, 2, 32, DOT_TYPE, make_paged, device, check, queries=3, config=DecodeConfig(tile=16, num_stages=1))
 
 
 def test_no_rows(device: str) -> None:

@@ -22,7 +22,13 @@ ROWS = 6
 
 def parameters(device: str, **values: float) -> dict[str, torch.Tensor]:
     """Per-slot arrays of one value each, for ROWS + 2 slots."""
-    kinds = {"temperature": torch.float32, "seed": torch.int64, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
+    kinds = {
+        "temperature": torch.float32,
+        "seed": torch.int64,
+        "top_k": torch.int32,
+        "top_p": torch.float32,
+        "min_p": torch.float32,
+    }
     return {name: torch.full((ROWS + 2,), values[name], dtype=kinds[name], device=device) for name in values}
 
 
@@ -124,7 +130,10 @@ def test_process_logits(vocab: int, what: str, device: str, check: Check) -> Non
     def bits() -> torch.Tensor:
         return torch.randint(-(2**31), 2**31, (ROWS + 2, words), device=device).int()
 
-    values = {name: torch.rand(ROWS + 2, device=device) + 0.5 for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")}
+    values = {
+        name: torch.rand(ROWS + 2, device=device) + 0.5
+        for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    }
     fields: dict[str, torch.Tensor] = {}
     if what in ("penalties", "all"):
         counts = torch.randint(0, 3, (ROWS + 2, vocab), dtype=torch.int16, device=device)

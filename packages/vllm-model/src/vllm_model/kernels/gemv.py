@@ -74,7 +74,7 @@ def _fma_kernel(
         if NORM:
             norm = tl.load(norm_ptr + start + k, mask=k_mask, other=0.0).to(tl.float32)
         for row in tl.static_range(ROWS):
-            x = tl.load(x_ptr + row * x_stride + start + k, mask=k_mask & (row < rows), other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * x_stride + start + k, mask=k_mask & (k * 0 + row < rows), other=0.0).to(tl.float32)
             mine = i == row
             if NORM:
                 square += tl.where(mine, tl.sum(x * x, axis=0), 0.0)

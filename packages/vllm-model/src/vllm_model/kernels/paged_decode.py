@@ -119,9 +119,11 @@ def _decode_kernel(
         scale = softmax_scale
         if FP8:
             scale *= tl.load(k_scale_ptr + head)
-        io = (row * QUERIES + query).to(tl.int64)[:, None] * q_stride + (
-            (head * GROUP + m % GROUP) * HEAD_DIM
-        )[:, None] + d[None, :]
+        io = (
+            (row * QUERIES + query).to(tl.int64)[:, None] * q_stride
+            + ((head * GROUP + m % GROUP) * HEAD_DIM)[:, None]
+            + d[None, :]
+        )
         q = tl.load(q_ptr + io, mask=io_mask, other=0.0)
         last_key = length - QUERIES + query  # [M]: the causal bound of each query
         highest = tl.full([M], -1.0e30, tl.float32)  # finite, so that a row that saw nothing yet subtracts to 0, not NaN

@@ -124,9 +124,7 @@ def _prefill_kernel(
         query_head = head * GROUP + m % GROUP
         io_mask = valid[:, None] & (d < HEAD_DIM)[None, :]
         where = (begin + token).to(tl.int64)
-        q = tl.load(
-            q_ptr + where[:, None] * q_stride + query_head[:, None] * HEAD_DIM + d[None, :], mask=io_mask, other=0.0
-        )
+        q = tl.load(q_ptr + where[:, None] * q_stride + query_head[:, None] * HEAD_DIM + d[None, :], mask=io_mask, other=0.0)
         acc = tl.zeros([BLOCK_M, D_BLOCK], tl.float32)
         highest = tl.full([BLOCK_M], -1.0e30, tl.float32)
         denominator = tl.zeros([BLOCK_M], tl.float32)

@@ -234,7 +234,7 @@ def qk_norm_rope_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(q, k, v)``, each ``[tokens, heads, head_dim]``, that :func:`qk_norm_rope` returns or writes, in the type of ``qkv``."""
     total = num_heads + 2 * num_kv_heads
-    q, k, v = qkv.view(len(qkv), total, -1).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k, v = qkv.view(len(qkv), total, qkv.shape[1] // total).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_weight is not None and k_weight is not None:
         q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps) * q_weight
         k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + eps) * k_weight

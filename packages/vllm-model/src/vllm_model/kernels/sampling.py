@@ -144,12 +144,12 @@ def _bisect(logits_ptr, temperature, low, highest, wanted, vocab, BY_MASS: tl.co
         count, mass, least, below = _above(logits_ptr, temperature, pivot, highest, vocab, BLOCK)
         if BY_MASS:
             enough = mass >= wanted
-            exact = False
+            upper = top
         else:
             enough = count >= wanted
-            exact = count == wanted
+            upper = tl.where(count == wanted, least, top)
         low = tl.where(enough, least, low)
-        top = tl.where(enough, tl.where(exact, least, top), tl.maximum(below, low))
+        top = tl.where(enough, upper, tl.maximum(below, low))
     return low
 
 
@@ -263,12 +263,8 @@ def _draw_kernel(
             if arrived == SPLITS - 1:
                 tl.store(count_ptr + row, 0)
                 s = tl.arange(0, SPLITS_BLOCK)
-                values = tl.load(
-                    part_value_ptr + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"), cache_modifier=".cg"
-                )
-                tokens = tl.load(
-                    part_token_ptr + row * SPLITS + s, mask=s < SPLITS, other=0x7FFFFFFF, cache_modifier=".cg"
-                )
+                values = tl.load(part_value_ptr + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"), cache_modifier=".cg")
+                tokens = tl.load(part_token_ptr + row * SPLITS + s, mask=s < SPLITS, other=0x7FFFFFFF, cache_modifier=".cg")
                 value = tl.max(values, axis=0)
                 token = tl.min(tl.where(values == value, tokens, 0x7FFFFFFF), axis=0)
                 tl.store(out_ptr + row, tl.minimum(token, vocab - 1))
@@ -591,8 +587,10 @@ def process_logits_reference(logits: torch.Tensor, slots: torch.Tensor, state: L
             valid = (named >= 0) & (named < vocab)
             out[row, named[valid].long()] += state.bias_values[s][valid].to(out.dtype)
     if state.output_counts is not None:
-        assert state.prompt_bits is not None and state.repetition_penalty is not None
-        assert state.frequency_penalty is not None and state.presence_penalty is not None
+        assert state.prompt_bits is not None
+        assert state.repetition_penalty is not None
+        assert state.frequency_penalty is not None
+        assert state.presence_penalty is not None
         count = state.output_counts[slot].to(out.dtype)
         factor = torch.where((count > 0) | bits(state.prompt_bits), state.repetition_penalty[slot][:, None].to(out.dtype), 1.0)
         out = torch.where(out > 0, out / factor, out * factor)
@@ -606,7 +604,7 @@ def filter_reference(
     logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
     """Which tokens the filters leave, bool ``[rows, vocab]``; parameters by row (``[rows]``), equal logits stay together."""
-    rows, vocab = logits.shape
+    rows = len(logits)
     x = logits.to(torch.float64) / temperature.to(torch.float64).clamp(min=1e-30)[:, None]
     ordered = x.sort(dim=-1, descending=True).values
     keep = x >= ordered[:, :1] + min_p.to(torch.float64).log()[:, None]

@@ -39,10 +39,11 @@ def silu_mul(x: torch.Tensor, out: torch.Tensor | None = None, *, pdl: bool = Fa
     if out is None:
         out = x.new_empty(tokens, width)
     block = min(power_of_two(width), 1024)
+    warps = max(block // 256, 1)
     if tokens and width:
         grid = (tokens, triton.cdiv(width, block))
         _silu_mul_kernel[grid](
-            x, out, x.stride(0), out.stride(0), width, BLOCK=block, PDL=pdl, num_warps=max(block // 256, 1), **launch_options(pdl)
+            x, out, x.stride(0), out.stride(0), width, BLOCK=block, PDL=pdl, num_warps=warps, **launch_options(pdl)
         )
     return out
 
