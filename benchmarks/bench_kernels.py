@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+
 from vllm_model.kernels.gemv import GemvConfig, GemvWorkspace, default_gemv_config, thin_linear
 from vllm_model.kernels.paged_decode import DecodeConfig, DecodePlan, paged_decode
 from vllm_model.kernels.paged_prefill import PrefillConfig, paged_prefill

@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from vllm_model.kernels.gemv import GemvConfig, GemvWorkspace, thin_linear, thin_linear_reference
 
 Check = Callable[..., None]

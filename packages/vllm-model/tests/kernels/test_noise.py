@@ -1,4 +1,5 @@
 import torch
+
 from vllm_model.kernels.noise import gumbel_noise, noise_bits
 
 

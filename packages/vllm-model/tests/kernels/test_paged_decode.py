@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from vllm_model.kernels.paged_decode import DecodeConfig, DecodePlan, paged_decode, paged_decode_reference
 
 Check = Callable[..., None]

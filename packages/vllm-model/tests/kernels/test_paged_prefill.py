@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from vllm_model.kernels.paged_prefill import PrefillConfig, paged_prefill, paged_prefill_reference
 
 Check = Callable[..., None]

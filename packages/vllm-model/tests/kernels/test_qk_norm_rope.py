@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from vllm_model.kernels.qk_norm_rope import (
     qk_norm_rope,
     qk_norm_rope_reference,

@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from vllm_model.kernels.rms_norm import rms_norm, rms_norm_reference
 
 Check = Callable[..., None]

@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from vllm_model.kernels.noise import gumbel_noise
 from vllm_model.kernels.sampling import (
     LogitsState,

@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from vllm_model.kernels.silu_mul import silu_mul, silu_mul_reference
 
 Check = Callable[..., None]
