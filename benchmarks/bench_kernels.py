@@ -6,6 +6,8 @@ Times are graph replays (median); weights rotate through copies that exceed the 
 once and each output written once.
 """
 
+# ruff: noqa: B023, D103  every closure is called before its loop goes on; a script documents itself above
+
 import json
 import statistics
 import sys
@@ -99,9 +101,16 @@ def thin() -> None:
                 def run(config: GemvConfig = config, x: torch.Tensor = x, name: str = f"{name} x{rows}") -> None:
                     def call(w: torch.Tensor, pdl: bool) -> None:
                         thin_linear(
-                            x, w, norm_weight=norm_weight if norm else None, residual=residual, silu=silu, out=out,
-                            workspace=workspace, config=config, pdl=pdl,
-                        )  # fmt: skip
+                            x,
+                            w,
+                            norm_weight=norm_weight if norm else None,
+                            residual=residual,
+                            silu=silu,
+                            out=out,
+                            workspace=workspace,
+                            config=config,
+                            pdl=pdl,
+                        )
 
                     us = micros([lambda w=w: call(w, False) for w in weights])  # type: ignore[misc]
                     pdl = micros([lambda w=w: call(w, True) for w in weights])  # type: ignore[misc]
@@ -199,8 +208,10 @@ def sampling() -> None:
             top_k, top_p = torch.full_like(integers, 50), torch.full_like(temperature, 0.9)
             off, none, zero = torch.zeros_like(integers), torch.ones_like(temperature), torch.zeros_like(temperature)
             for name, filters in {
-                "plain": {}, "top_k": {"top_k": top_k, "top_p": none, "min_p": zero}, "top_p": {"top_k": off, "top_p": top_p, "min_p": zero}
-            }.items():  # fmt: skip
+                "plain": {},
+                "top_k": {"top_k": top_k, "top_p": none, "min_p": zero},
+                "top_p": {"top_k": off, "top_p": top_p, "min_p": zero},
+            }.items():
                 us = micros([lambda f=filters: sample(logits, integers, integers, temperature, seed, workspace, **f)] * 4)  # type: ignore[misc]
                 report("sample", f"{rows} {name} spread {scale}", us, moved=rows * 151936 * 2.0)
             us = micros([lambda: token_logprobs(logits, integers, workspace)] * 4)

@@ -9,9 +9,18 @@ Check = Callable[..., None]
 
 
 def run(
-    rows: int, n: int, k: int, device: str, check: Check,
-    *, norm: bool = False, residual: bool = False, silu: bool = False, config: GemvConfig | None = None, dtype: torch.dtype | None = None,
-) -> None:  # fmt: skip
+    rows: int,
+    n: int,
+    k: int,
+    device: str,
+    check: Check,
+    *,
+    norm: bool = False,
+    residual: bool = False,
+    silu: bool = False,
+    config: GemvConfig | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     # The interpreter's tl.dot takes no bf16.
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float16)
     x = torch.randn(rows, k + 8, device=device).to(dtype)[:, :k]

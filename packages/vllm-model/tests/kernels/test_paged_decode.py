@@ -12,9 +12,20 @@ DOT_TYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the
 
 
 def run(
-    lengths: list[int], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, make_paged: Make, device: str, check: Check,
-    *, fp8: bool = False, queries: int = 1, config: DecodeConfig | None = None, padding: tuple[int, ...] = (),
-) -> None:  # fmt: skip
+    lengths: list[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    make_paged: Make,
+    device: str,
+    check: Check,
+    *,
+    fp8: bool = False,
+    queries: int = 1,
+    config: DecodeConfig | None = None,
+    padding: tuple[int, ...] = (),
+) -> None:
     paged = make_paged(lengths, kv_heads, head_dim, dtype, fp8=fp8, padding=padding)
     q = torch.randn(len(lengths) * queries, heads, head_dim, device=device).to(dtype)
     lens = torch.tensor(lengths, dtype=torch.int32, device=device)
@@ -32,7 +43,7 @@ def run(
         assert not plan.counts.any()
 
 
-@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("programs", [1, 3, 40])
 def test_rows_of_any_length(programs: int, make_paged: Make, device: str, check: Check) -> None:
     config = DecodeConfig(tile=16, programs_per_sm=programs, num_stages=1)
     run([1, 40, 0, 17, 16, 33], 4, 2, 32, DOT_TYPE, make_paged, device, check, config=config, padding=(4,))

@@ -12,9 +12,19 @@ DOT_TYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the
 
 
 def run(
-    rows: list[tuple[int, int]], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, make_paged: Make, device: str, check: Check,
-    *, fp8: bool = False, config: PrefillConfig | None = None, padding: tuple[int, ...] = (),
-) -> None:  # fmt: skip
+    rows: list[tuple[int, int]],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    make_paged: Make,
+    device: str,
+    check: Check,
+    *,
+    fp8: bool = False,
+    config: PrefillConfig | None = None,
+    padding: tuple[int, ...] = (),
+) -> None:
     """``rows``: (tokens in the cache, tokens to run)."""
     paged = make_paged([sum(row) for row in rows], kv_heads, head_dim, dtype, fp8=fp8, padding=padding)
     start = torch.tensor([0, *(row[1] for row in rows)]).cumsum(0).int()
@@ -25,8 +35,17 @@ def run(
     out = torch.full_like(q, float("nan"))
     expected = paged_prefill_reference(q.double(), paged.exact, paged.tables, paged.slots, start, computed)
     paged_prefill(
-        q, paged.cache, paged.tables, paged.slots, start, computed, k_scale=paged.k_scale, v_scale=paged.v_scale, out=out, config=config
-    )  # fmt: skip
+        q,
+        paged.cache,
+        paged.tables,
+        paged.slots,
+        start,
+        computed,
+        k_scale=paged.k_scale,
+        v_scale=paged.v_scale,
+        out=out,
+        config=config,
+    )
     check(out[:tokens], expected[:tokens], 1e-2)
     assert out[tokens:].isnan().all()
 

@@ -14,8 +14,17 @@ Check = Callable[..., None]
 
 
 def run(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, rotary: int, norm: bool, dtype: torch.dtype, fp8: bool, device: str, check: Check
-) -> None:  # fmt: skip
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotary: int,
+    norm: bool,
+    dtype: torch.dtype,
+    fp8: bool,
+    device: str,
+    check: Check,
+) -> None:
     max_slots, max_blocks = 5, 6
     slots = torch.randint(-1, max_slots, (tokens,), dtype=torch.int32)
     places = torch.randperm(max_blocks * 16)[:tokens].repeat(-(-tokens // (max_blocks * 16)))[:tokens].int()
@@ -35,8 +44,19 @@ def run(
         k_scale, v_scale = (torch.rand(kv_heads, device=device) + 0.1 for _ in range(2))
     out = torch.full((tokens, heads, head_dim), float("nan"), dtype=dtype, device=device)
     qk_norm_rope(
-        qkv, table, positions, slots, tables, cache, heads, q_weight=q_weight, k_weight=k_weight, k_scale=k_scale, v_scale=v_scale, out=out
-    )  # fmt: skip
+        qkv,
+        table,
+        positions,
+        slots,
+        tables,
+        cache,
+        heads,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=out,
+    )
     wide = [None if w is None else w.double() for w in (q_weight, k_weight)]
     q, k, v = qk_norm_rope_reference(qkv.double(), table, positions, heads, kv_heads, *wide)
     live = slots >= 0
@@ -72,8 +92,17 @@ FULL = [
     [*SMALL, *(pytest.param(*case, marks=pytest.mark.gpu) for case in FULL)],
 )
 def test_q_and_cache(
-    tokens: int, heads: int, kv_heads: int, head_dim: int, rotary: int, norm: bool, dtype: torch.dtype, fp8: bool, device: str, check: Check
-) -> None:  # fmt: skip
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotary: int,
+    norm: bool,
+    dtype: torch.dtype,
+    fp8: bool,
+    device: str,
+    check: Check,
+) -> None:
     run(tokens, heads, kv_heads, head_dim, rotary, norm, dtype, fp8, device, check)
 
 

@@ -20,8 +20,20 @@ MAX_ROWS = 16
 
 
 @triton.jit
-def _finish(y, up, rows_of, n, row_mask, n_mask, out_ptr, out_stride, residual_ptr, residual_stride,
-            SILU: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+def _finish(
+    y,
+    up,
+    rows_of,
+    n,
+    row_mask,
+    n_mask,
+    out_ptr,
+    out_stride,
+    residual_ptr,
+    residual_stride,
+    SILU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
     mask = row_mask[:, None] & n_mask[None, :]
     if SILU:
         y = y / (1.0 + tl.exp(-y)) * up

@@ -48,8 +48,10 @@ def _plan_kernel(
     tiles = tl.where(row < rows, tl.maximum((length + TILE - 1) // TILE, 1), 0)
     upto = tl.cumsum(tiles, axis=0)
     total = tl.sum(tiles, axis=0).to(tl.int64) * KV_HEADS
-    begin = program * total // PROGRAMS
-    end = (program + 1) * total // PROGRAMS
+    # No program between two parts of a pair may be empty: of more programs than tiles, the last ones rest.
+    busy = tl.minimum(total, PROGRAMS)
+    begin = tl.minimum(program, busy) * total // busy
+    end = tl.minimum(program + 1, busy) * total // busy
     first_row = tl.sum((upto.to(tl.int64) * KV_HEADS <= begin).to(tl.int32), axis=0)
     tiles_before = tl.sum(tl.where(row < first_row, tiles, 0), axis=0)
     row_tiles = tl.maximum(tl.sum(tl.where(row == first_row, tiles, 0), axis=0), 1)
@@ -136,7 +138,7 @@ def _decode_kernel(
             page = tl.load(table_ptr + key // BLOCK_SIZE, mask=n_mask, other=0).to(tl.int64)
             offset = page * block_stride + (key % BLOCK_SIZE) * HEAD_DIM
             kv_ptr = head_ptr + offset[:, None] + d[None, :]
-            if HEAD_DIM == D_BLOCK:
+            if HEAD_DIM == D_BLOCK:  # noqa: SIM108  Triton takes no conditional expression here
                 kv_mask = n_mask[:, None]
             else:
                 kv_mask = n_mask[:, None] & d_mask[None, :]
@@ -170,8 +172,9 @@ def _decode_kernel(
             tl.store(stats_ptr + part * (2 * M) + m, highest)
             tl.store(stats_ptr + part * (2 * M) + M + m, denominator)
             pair_begin = place.to(tl.int64) - tile
-            first = ((pair_begin + 1) * PROGRAMS - 1) // total
-            last = ((pair_begin + tiles) * PROGRAMS - 1) // total
+            busy = tl.minimum(total, PROGRAMS)
+            first = ((pair_begin + 1) * busy - 1) // total
+            last = ((pair_begin + tiles) * busy - 1) // total
             tl.debug_barrier()  # every thread's part is written before one thread counts it
             arrived = tl.atomic_add(count_ptr + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
             if arrived == (last - first).to(tl.int32):

@@ -137,13 +137,45 @@ def _prefill_kernel(
             end = num_computed + tl.minimum(first + TOKENS, length)
             seen_by_all = (num_computed + first + 1) // BLOCK_N * BLOCK_N
             acc, highest, denominator = _attend(
-                q, acc, highest, denominator, position, head_ptr, table_ptr, block_stride, scale, 0, seen_by_all,
-                BLOCK_SIZE, HEAD_DIM, D_BLOCK, BLOCK_N, False, FP8, STAGES,
-            )  # fmt: skip
+                q,
+                acc,
+                highest,
+                denominator,
+                position,
+                head_ptr,
+                table_ptr,
+                block_stride,
+                scale,
+                0,
+                seen_by_all,
+                BLOCK_SIZE,
+                HEAD_DIM,
+                D_BLOCK,
+                BLOCK_N,
+                False,
+                FP8,
+                STAGES,
+            )
             acc, highest, denominator = _attend(
-                q, acc, highest, denominator, position, head_ptr, table_ptr, block_stride, scale, seen_by_all, end,
-                BLOCK_SIZE, HEAD_DIM, D_BLOCK, BLOCK_N, True, FP8, STAGES,
-            )  # fmt: skip
+                q,
+                acc,
+                highest,
+                denominator,
+                position,
+                head_ptr,
+                table_ptr,
+                block_stride,
+                scale,
+                seen_by_all,
+                end,
+                BLOCK_SIZE,
+                HEAD_DIM,
+                D_BLOCK,
+                BLOCK_N,
+                True,
+                FP8,
+                STAGES,
+            )
         result = acc / tl.where(denominator > 0.0, denominator, 1.0)[:, None]
         if FP8:
             result *= tl.load(v_scale_ptr + head)
