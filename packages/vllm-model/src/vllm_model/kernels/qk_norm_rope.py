@@ -147,7 +147,7 @@ def qk_norm_rope(
         cos_sin: float32 ``[max_len, rotary_dim]``: ``rotary_dim / 2`` cosines, then as many sines. Dimensions of a head past
             ``rotary_dim`` are not rotated.
         positions: int32 or int64 ``[tokens]``.
-        slots: int32 ``[tokens]``; a token with slot -1 is padding: neither its q nor the cache is written.
+        slots: int32 ``[tokens]``; slot -1 is padding: neither its q nor the cache is written.
         block_tables: int32 ``[max_slots, max_blocks]``.
         kv_cache: ``[num_blocks, num_kv_heads, 2, block_size, head_dim]``, each block contiguous; of the type of ``qkv`` or e4m3.
         num_heads: Query heads.
@@ -232,7 +232,7 @@ def qk_norm_rope_reference(
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(q, k, v)``, each ``[tokens, heads, head_dim]``, that :func:`qk_norm_rope` returns or writes, in the type of ``qkv``."""
+    """``(q, k, v)``, each ``[tokens, heads, head_dim]``, that :func:`qk_norm_rope` gives, in the type of ``qkv``."""
     total = num_heads + 2 * num_kv_heads
     q, k, v = qkv.view(len(qkv), total, qkv.shape[1] // total).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_weight is not None and k_weight is not None:
