@@ -2,7 +2,7 @@
 # ruff: noqa: N803  constexpr arguments are upper case in Triton
 """Linear layers for 1 to 16 rows, where the time is that of reading the weights once.
 
-Two kernels. ``fma`` (1 to 4 rows): a program owns whole weight rows and multiplies on the scalar units; its first weights are on
+Two kernels. ``fma`` (1 to 4 rows): a program owns whole weight rows and multiplies on the scalar units; first weights are on
 their way before it waits for the kernel ahead of it. ``dot``: weights go through shared memory into the matrix unit, rows
 padded to 16, and narrow layers are cut along K with a last-arriver sum in fixed order. Either can normalise its input (the
 factor of a row is applied to the result, so the input is read once), add a residual, or close a gated MLP.

@@ -149,7 +149,7 @@ def qk_norm_rope(
         positions: int32 or int64 ``[tokens]``.
         slots: int32 ``[tokens]``; slot -1 is padding: neither its q nor the cache is written.
         block_tables: int32 ``[max_slots, max_blocks]``.
-        kv_cache: ``[num_blocks, num_kv_heads, 2, block_size, head_dim]``, each block contiguous; of the type of ``qkv`` or e4m3.
+        kv_cache: ``[num_blocks, num_kv_heads, 2, block_size, head_dim]``, each block contiguous; the type of ``qkv`` or e4m3.
         num_heads: Query heads.
         q_weight: ``[head_dim]``, norm of every q head (Qwen3); None with ``k_weight``: no norm.
         k_weight: ``[head_dim]``.
