@@ -1,0 +1,422 @@
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, misc"
+# ruff: noqa: N803  constexpr arguments are upper case in Triton
+"""Decode attention over a paged KV cache: one to eight query tokens per sequence, any lengths, one fixed grid.
+
+The work of a step is cut as in stream-K (Osama et al. 2023) and lean attention (Sanovar et al. 2024): the tiles of all
+(sequence, KV head) pairs stand in one line, and every program takes an equal run of it::
+
+    pair       |----- 0 -----|-- 1 --|-------------- 2 --------------|- 3 -|
+    program    |--- 0 ---|--- 1 ---|--- 2 ---|--- 3 ---|--- 4 ---|--- 5 ---|
+
+A pair within one program is written at once. Of a pair cut between programs each part leaves (sum, maximum, weighted values) in
+the workspace, and the program that comes last adds the parts up in their order, so the result does not depend on who was last.
+The plan of a step is made once on the device, from lengths that the host does not know, and serves all layers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_model.kernels._launch import launch_options, num_sms, power_of_two, wait_for_previous
+from vllm_model.kernels.qk_norm_rope import gather_cache_reference
+
+PLAN_FIELDS = 8
+"""int32 of one program's plan: row, KV head, tile within the pair, tiles to do, place in the line, length of the line."""
+
+
+@triton.jit
+def _plan_kernel(
+    lens_ptr,  # [rows]
+    slots_ptr,  # [rows]
+    plan_ptr,  # [PROGRAMS, 8]
+    rows,
+    KV_HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    ROWS_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = tl.arange(0, ROWS_BLOCK)
+    wait_for_previous(PDL)
+    slot = tl.load(slots_ptr + row, mask=row < rows, other=-1)
+    length = tl.load(lens_ptr + row, mask=row < rows, other=0)
+    length = tl.where(slot >= 0, length, 0)
+    # An empty row has one tile with nothing in it, which writes its zeros.
+    tiles = tl.where(row < rows, tl.maximum((length + TILE - 1) // TILE, 1), 0)
+    upto = tl.cumsum(tiles, axis=0)
+    total = tl.sum(tiles, axis=0).to(tl.int64) * KV_HEADS
+    # No program between two parts of a pair may be empty: of more programs than tiles, the last ones rest.
+    busy = tl.minimum(total, PROGRAMS)
+    begin = tl.minimum(program, busy) * total // busy
+    end = tl.minimum(program + 1, busy) * total // busy
+    first_row = tl.sum((upto.to(tl.int64) * KV_HEADS <= begin).to(tl.int32), axis=0)
+    tiles_before = tl.sum(tl.where(row < first_row, tiles, 0), axis=0)
+    row_tiles = tl.maximum(tl.sum(tl.where(row == first_row, tiles, 0), axis=0), 1)
+    inside = (begin - tiles_before.to(tl.int64) * KV_HEADS).to(tl.int32)
+    tl.store(plan_ptr + program * 8, first_row)
+    tl.store(plan_ptr + program * 8 + 1, inside // row_tiles)
+    tl.store(plan_ptr + program * 8 + 2, inside % row_tiles)
+    tl.store(plan_ptr + program * 8 + 3, (end - begin).to(tl.int32))
+    tl.store(plan_ptr + program * 8 + 4, begin.to(tl.int32))
+    tl.store(plan_ptr + program * 8 + 5, total.to(tl.int32))
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr,  # [rows * QUERIES, KV_HEADS * GROUP, HEAD_DIM]
+    out_ptr,  # like q
+    cache_ptr,  # [num_blocks, KV_HEADS, 2, BLOCK_SIZE, HEAD_DIM]
+    tables_ptr,  # [max_slots, max_blocks]
+    slots_ptr,  # [rows]
+    lens_ptr,  # [rows]
+    plan_ptr,  # [PROGRAMS, 8]
+    part_ptr,  # float32 [PROGRAMS, 2, M, D_BLOCK]
+    stats_ptr,  # float32 [PROGRAMS, 2, 2, M]: maximum, sum
+    count_ptr,  # int32 [rows * KV_HEADS], zero between launches
+    k_scale_ptr,  # float32 [KV_HEADS]
+    v_scale_ptr,
+    tables_stride,
+    block_stride,
+    q_stride,
+    softmax_scale,  # times log2(e)
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    M: tl.constexpr,
+    TILE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    STAGES: tl.constexpr,
+    FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = tl.load(plan_ptr + program * 8)
+    head = tl.load(plan_ptr + program * 8 + 1)
+    tile = tl.load(plan_ptr + program * 8 + 2)
+    remaining = tl.load(plan_ptr + program * 8 + 3)
+    place = tl.load(plan_ptr + program * 8 + 4)
+    total = tl.load(plan_ptr + program * 8 + 5).to(tl.int64)
+    wait_for_previous(PDL)
+
+    m = tl.arange(0, M)  # (query token, head of the group), padded for the matrix unit
+    query = m // GROUP
+    m_mask = m < QUERIES * GROUP
+    d = tl.arange(0, D_BLOCK)
+    d_mask = d < HEAD_DIM
+    n = tl.arange(0, TILE)
+    io_mask = m_mask[:, None] & d_mask[None, :]
+
+    while remaining > 0:
+        slot = tl.load(slots_ptr + row).to(tl.int64)
+        length = tl.where(slot >= 0, tl.load(lens_ptr + row), 0)
+        table_ptr = tables_ptr + tl.maximum(slot, 0) * tables_stride
+        tiles = tl.maximum((length + TILE - 1) // TILE, 1)
+        todo = tl.minimum(tiles - tile, remaining)
+        scale = softmax_scale
+        if FP8:
+            scale *= tl.load(k_scale_ptr + head)
+        io = (
+            (row * QUERIES + query).to(tl.int64)[:, None] * q_stride
+            + ((head * GROUP + m % GROUP) * HEAD_DIM)[:, None]
+            + d[None, :]
+        )
+        q = tl.load(q_ptr + io, mask=io_mask, other=0.0)
+        last_key = length - QUERIES + query  # [M]: the causal bound of each query
+        highest = tl.full([M], -1.0e30, tl.float32)  # finite, so that a row that saw nothing yet subtracts to 0, not NaN
+        denominator = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, D_BLOCK], tl.float32)
+        head_ptr = cache_ptr + head * (2 * BLOCK_SIZE * HEAD_DIM)
+        for t in tl.range(tile, tile + todo, num_stages=STAGES):
+            key = t * TILE + n
+            n_mask = key < length
+            page = tl.load(table_ptr + key // BLOCK_SIZE, mask=n_mask, other=0).to(tl.int64)
+            offset = page * block_stride + (key % BLOCK_SIZE) * HEAD_DIM
+            kv_ptr = head_ptr + offset[:, None] + d[None, :]
+            if HEAD_DIM == D_BLOCK:  # noqa: SIM108  Triton takes no conditional expression here
+                kv_mask = n_mask[:, None]
+            else:
+                kv_mask = n_mask[:, None] & d_mask[None, :]
+            k = tl.load(kv_ptr, mask=kv_mask, other=0.0)  # [TILE, D_BLOCK]
+            v = tl.load(kv_ptr + BLOCK_SIZE * HEAD_DIM, mask=kv_mask, other=0.0)
+            if FP8:
+                k = k.to(q_ptr.dtype.element_ty)
+                v = v.to(q_ptr.dtype.element_ty)
+            scores = tl.dot(q, tl.trans(k)) * scale  # [M, TILE]
+            if QUERIES == 1:
+                scores = tl.where(n_mask[None, :], scores, float("-inf"))
+            else:
+                scores = tl.where(key[None, :] <= last_key[:, None], scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+            weight = tl.exp2(scores - new_highest[:, None])
+            shrink = tl.exp2(highest - new_highest)
+            denominator = denominator * shrink + tl.sum(weight, axis=1)
+            acc = tl.dot(weight.to(q_ptr.dtype.element_ty), v, acc * shrink[:, None])
+            highest = new_highest
+
+        if todo == tiles:
+            result = acc / tl.where(denominator > 0.0, denominator, 1.0)[:, None]
+            if FP8:
+                result *= tl.load(v_scale_ptr + head)
+            tl.store(out_ptr + io, result.to(out_ptr.dtype.element_ty), mask=io_mask)
+        else:
+            # A program holds at most one part without the pair's beginning (0) and one with it, but not its end (1).
+            part = program * 2 + (tile == 0).to(tl.int32)
+            part_io = m[:, None] * D_BLOCK + d[None, :]
+            tl.store(part_ptr + part.to(tl.int64) * (M * D_BLOCK) + part_io, acc, mask=m_mask[:, None])
+            tl.store(stats_ptr + part * (2 * M) + m, highest)
+            tl.store(stats_ptr + part * (2 * M) + M + m, denominator)
+            pair_begin = place.to(tl.int64) - tile
+            busy = tl.minimum(total, PROGRAMS)
+            first = ((pair_begin + 1) * busy - 1) // total
+            last = ((pair_begin + tiles) * busy - 1) // total
+            tl.debug_barrier()  # every thread's part is written before one thread counts it
+            arrived = tl.atomic_add(count_ptr + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
+            if arrived == (last - first).to(tl.int32):
+                tl.store(count_ptr + row * KV_HEADS + head, 0)
+                highest = tl.full([M], -1.0e30, tl.float32)
+                denominator = tl.zeros([M], tl.float32)
+                acc = tl.zeros([M, D_BLOCK], tl.float32)
+                for other in range(first, last + 1):
+                    index = other * 2 + tl.where(other == first, 1, 0)
+                    # Past the first-level cache: another multiprocessor wrote this during this launch.
+                    its_highest = tl.load(stats_ptr + index * (2 * M) + m, cache_modifier=".cg")
+                    its_sum = tl.load(stats_ptr + index * (2 * M) + M + m, cache_modifier=".cg")
+                    values = tl.load(
+                        part_ptr + index * (M * D_BLOCK) + part_io, mask=m_mask[:, None], other=0.0, cache_modifier=".cg"
+                    )
+                    new_highest = tl.maximum(highest, its_highest)
+                    shrink = tl.exp2(highest - new_highest)
+                    its_shrink = tl.exp2(its_highest - new_highest)
+                    denominator = denominator * shrink + its_sum * its_shrink
+                    acc = acc * shrink[:, None] + values * its_shrink[:, None]
+                    highest = new_highest
+                result = acc / tl.where(denominator > 0.0, denominator, 1.0)[:, None]
+                if FP8:
+                    result *= tl.load(v_scale_ptr + head)
+                tl.store(out_ptr + io, result.to(out_ptr.dtype.element_ty), mask=io_mask)
+
+        remaining -= todo
+        place += todo
+        tile = 0
+        head += 1
+        if head == KV_HEADS:
+            head = 0
+            row += 1
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Launch shape of the decode kernel; the plan and the kernel must share it.
+
+    Attributes:
+        tile: Keys of one step, a power of two from 16.
+        programs_per_sm: The grid is this many times the multiprocessors.
+        num_warps: Warps of a program.
+        num_stages: Depth of the load pipeline.
+    """
+
+    tile: int = 64
+    programs_per_sm: int = 2
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def default_decode_config(head_dim: int, itemsize: int = 2) -> DecodeConfig:
+    """Tile sizes so that two programs of a multiprocessor hold about 100 KB each in flight (H200; others fit as well)."""
+    wide = power_of_two(head_dim) * itemsize  # bytes of a key
+    if wide > 256:
+        return DecodeConfig(tile=32, num_stages=3)
+    return DecodeConfig()
+
+
+class DecodePlan:
+    """Who does what in a step's decode attention: device buffers of fixed size, good for CUDA graphs, shared by all layers.
+
+    Args:
+        max_rows: Most sequences in one launch.
+        num_heads: Query heads.
+        num_kv_heads: KV heads; ``num_heads`` is a multiple.
+        head_dim: 1 to 256.
+        device: Where the cache is.
+        max_queries: Most query tokens per sequence (speculation), ``max_queries * group <= 128``.
+        config: Launch shape; chosen from the head size when None.
+    """
+
+    def __init__(
+        self,
+        max_rows: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        max_queries: int = 1,
+        config: DecodeConfig | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.max_rows, self.num_heads, self.num_kv_heads, self.head_dim = max_rows, num_heads, num_kv_heads, head_dim
+        if num_heads % num_kv_heads or head_dim > 256 or max_queries * (num_heads // num_kv_heads) > 128:
+            raise ValueError(f"no decode attention for {num_heads}/{num_kv_heads} heads of {head_dim}, {max_queries} queries")
+        self.group = num_heads // num_kv_heads
+        self.max_queries = max_queries
+        self.config = config or default_decode_config(head_dim)
+        self.programs = num_sms(self.device) * self.config.programs_per_sm
+        rows = max(16, power_of_two(max_queries * self.group))
+        self.plan = torch.zeros(self.programs, PLAN_FIELDS, dtype=torch.int32, device=self.device)
+        self.parts = torch.empty(self.programs, 2, rows, power_of_two(head_dim), dtype=torch.float32, device=self.device)
+        self.stats = torch.empty(self.programs, 2, 2, rows, dtype=torch.float32, device=self.device)
+        self.counts = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=self.device)
+
+    def update(self, seq_lens: torch.Tensor, slots: torch.Tensor, *, pdl: bool = False) -> None:
+        """Cut the step's work: once a step, before the first layer.
+
+        Args:
+            seq_lens: int32 ``[rows]``, keys of each row with this step's own; on the device, read there.
+            slots: int32 ``[rows]``; -1: padding, as if its length were 0.
+            pdl: Programmatic dependent launch.
+
+        Raises:
+            ValueError: More rows than the plan has room for.
+        """
+        rows = len(seq_lens)
+        if rows > self.max_rows:
+            raise ValueError(f"{rows} rows in a plan for {self.max_rows}")
+        _plan_kernel[(self.programs,)](
+            seq_lens,
+            slots,
+            self.plan,
+            rows,
+            KV_HEADS=self.num_kv_heads,
+            TILE=self.config.tile,
+            PROGRAMS=self.programs,
+            ROWS_BLOCK=power_of_two(max(rows, 1)),
+            PDL=pdl,
+            num_warps=1 if rows <= 64 else 4,
+            **launch_options(pdl),
+        )
+
+
+def paged_decode(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    plan: DecodePlan,
+    *,
+    scale: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Attention of each row's newest tokens over its whole sequence. ``plan.update`` must have seen the same rows.
+
+    Args:
+        q: ``[rows * queries, num_heads, head_dim]`` bf16 or fp16, contiguous heads: the last ``queries`` tokens of every row.
+        kv_cache: ``[num_blocks, num_kv_heads, 2, block_size, head_dim]``, each block contiguous; the type of ``q`` or e4m3.
+            Holds this step's keys and values already.
+        block_tables: int32 ``[max_slots, max_blocks]``.
+        slots: int32 ``[rows]``.
+        seq_lens: int32 ``[rows]``, keys of a row; query ``j`` of ``queries`` sees the first ``seq_len - queries + j + 1``.
+        plan: The cut of this step.
+        scale: Of the products; ``head_dim ** -0.5`` when None.
+        k_scale: float32 ``[num_kv_heads]``, for an e4m3 cache.
+        v_scale: float32 ``[num_kv_heads]``, likewise.
+        out: Like ``q`` and with its strides; a new tensor when None.
+        pdl: Programmatic dependent launch; the plan must then be at least two launches old.
+
+    Returns:
+        ``[rows * queries, num_heads, head_dim]``. Rows of length 0 or slot -1 are zeros.
+
+    Raises:
+        ValueError: Shapes disagree with the plan, or scales are missing for an e4m3 cache.
+    """
+    rows = len(seq_lens)
+    fp8 = kv_cache.dtype == torch.float8_e4m3fn
+    queries = len(q) // max(rows, 1)
+    head_dim = q.shape[2]
+    block_size = kv_cache.shape[3]
+    if (
+        rows > plan.max_rows
+        or len(q) != rows * queries
+        or queries > plan.max_queries
+        or tuple(q.shape[1:]) != (plan.num_heads, plan.head_dim)
+        or kv_cache.shape[1] != plan.num_kv_heads
+        or q.stride(1) != head_dim
+    ):
+        raise ValueError(f"q {tuple(q.shape)} of {rows} rows does not fit the plan")
+    if fp8 and (k_scale is None or v_scale is None):
+        raise ValueError("an e4m3 cache needs k_scale and v_scale")
+    if out is None:
+        out = torch.empty_like(q)
+    if not rows:
+        return out
+    config = plan.config
+    _decode_kernel[(plan.programs,)](
+        q,
+        out,
+        kv_cache,
+        block_tables,
+        slots,
+        seq_lens,
+        plan.plan,
+        plan.parts,
+        plan.stats,
+        plan.counts,
+        k_scale,
+        v_scale,
+        block_tables.stride(0),
+        kv_cache.stride(0),
+        q.stride(0),
+        (head_dim**-0.5 if scale is None else scale) * 1.4426950408889634,
+        KV_HEADS=plan.num_kv_heads,
+        GROUP=plan.group,
+        QUERIES=queries,
+        HEAD_DIM=head_dim,
+        D_BLOCK=power_of_two(head_dim),
+        BLOCK_SIZE=block_size,
+        M=max(16, power_of_two(queries * plan.group)),
+        TILE=config.tile,
+        PROGRAMS=plan.programs,
+        STAGES=config.num_stages,
+        FP8=fp8,
+        PDL=pdl,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch_options(pdl),
+    )
+    return out
+
+
+def attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_computed: int, scale: float | None = None
+) -> torch.Tensor:
+    """Causal attention of one sequence: ``q`` ``[queries, num_heads, head_dim]`` stands at positions ``num_computed ...``;
+    ``k``, ``v`` ``[num_computed + queries, num_kv_heads, head_dim]``. In the type of its arguments.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
+    position = torch.arange(len(k), device=q.device)
+    hidden = position[None, :] > num_computed + torch.arange(len(q), device=q.device)[:, None]
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
+def paged_decode_reference(
+    q: torch.Tensor, kv_cache: torch.Tensor, block_tables: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor
+) -> torch.Tensor:
+    """What :func:`paged_decode` computes (no scales), in the type of ``q``, row by row."""
+    out = torch.zeros_like(q)
+    queries = len(q) // max(len(seq_lens), 1)
+    for row, (slot, length) in enumerate(zip(slots.tolist(), seq_lens.tolist(), strict=True)):
+        if slot >= 0 and length > 0:
+            k, v = gather_cache_reference(kv_cache, block_tables[slot], length)
+            mine = slice(row * queries, (row + 1) * queries)
+            out[mine] = attention_reference(q[mine], k.to(q.dtype), v.to(q.dtype), length - queries)
+    return out

@@ -1,0 +1,645 @@
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, misc"
+# ruff: noqa: N803  constexpr arguments are upper case in Triton
+"""From logits to tokens on the device, no sort and no wait of the host.
+
+``process_logits`` (bias, penalties, bitmask), then ``sample`` (temperature, min-p, top-k, top-p, Gumbel-max), and
+``token_logprobs``. Parameters live in per-slot arrays; ``slots[row]`` names a row's. The filters find the least logit that
+stays by bisection with snapping: every pass over the row counts what is at or above a pivot and moves both ends of the
+interval onto logits that exist, until they meet. Equal logits stay or go together.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_model.kernels._launch import launch_options, num_sms, power_of_two, wait_for_previous
+from vllm_model.kernels.noise import gumbel_noise
+
+LOGPROB_SPLITS = 16
+"""Programs of a row in ``token_logprobs``: fixed, so that a row's sum does not depend on the batch."""
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _key(start, low, high, position):
+    return _mix(_mix(_mix(low ^ start) ^ high) ^ position)
+
+
+@triton.jit
+def _noise_keys(seed, position):
+    """``noise.noise_keys``; ``seed`` int64, ``position`` integer."""
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    place = position.to(tl.uint32)
+    first = tl.full([1], 0x9E3779B9, tl.uint32)
+    second = tl.full([1], 0x85EBCA6B, tl.uint32)
+    return _key(first, low, high, place), _key(second, low, high, place)
+
+
+@triton.jit
+def _gumbel(token, first, second):
+    """``noise.gumbel_noise`` of int32 tokens under one pair of keys."""
+    x = token.to(tl.uint32) + first
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15) ^ second) * 0x846CA68B
+    x = x ^ (x >> 16)
+    v = tl.minimum(x.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
+    series = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * 0.25)))
+    return -tl.log(tl.where(v < 0.015625, series, -tl.log(1.0 - v)))
+
+
+@triton.jit
+def _penalise(x, count, in_prompt, repetition, frequency, presence):
+    factor = tl.where((count > 0) | in_prompt, repetition, 1.0)
+    x = tl.where(x > 0, x / factor, x * factor)
+    return x - frequency * count.to(tl.float32) - tl.where(count > 0, presence, 0.0)
+
+
+@triton.jit
+def _process_kernel(
+    logits_ptr,  # [rows, vocab]
+    out_ptr,  # float32 [rows, vocab]
+    slots_ptr,  # [rows]
+    counts_ptr,  # int16 [max_slots, vocab]
+    prompt_ptr,  # int32 [max_slots, words]
+    repetition_ptr,  # float32 [max_slots]
+    frequency_ptr,
+    presence_ptr,
+    bitmask_ptr,  # int32 [max_slots, words]
+    bias_token_ptr,  # int32 [max_slots, max_bias]
+    bias_value_ptr,  # float32 [max_slots, max_bias]
+    logits_stride,
+    out_stride,
+    counts_stride,
+    prompt_stride,
+    bitmask_stride,
+    bias_stride,
+    vocab,
+    max_bias,
+    PENALTIES: tl.constexpr,
+    BITMASK: tl.constexpr,
+    BIAS: tl.constexpr,  # this launch visits the biased tokens alone, after the launch that visits all
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_previous(PDL)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    if slot >= 0:
+        mask = token < vocab
+        bias = 0.0
+        if BIAS:
+            entry = token
+            token = tl.load(bias_token_ptr + slot * bias_stride + entry, mask=entry < max_bias, other=-1)
+            bias = tl.load(bias_value_ptr + slot * bias_stride + entry, mask=entry < max_bias, other=0.0)
+            mask = (token >= 0) & (token < vocab)
+        x = tl.load(logits_ptr + row * logits_stride + token, mask=mask, other=0.0).to(tl.float32) + bias
+        if PENALTIES:
+            count = tl.load(counts_ptr + slot * counts_stride + token, mask=mask, other=0).to(tl.int32)
+            word = tl.load(prompt_ptr + slot * prompt_stride + token // 32, mask=mask, other=0)
+            in_prompt = ((word >> (token % 32)) & 1) != 0
+            repetition = tl.load(repetition_ptr + slot)
+            x = _penalise(x, count, in_prompt, repetition, tl.load(frequency_ptr + slot), tl.load(presence_ptr + slot))
+        if BITMASK:
+            word = tl.load(bitmask_ptr + slot * bitmask_stride + token // 32, mask=mask, other=0)
+            x = tl.where(((word >> (token % 32)) & 1) != 0, x, float("-inf"))
+        tl.store(out_ptr + row * out_stride + token, x, mask=mask)
+
+
+@triton.jit
+def _above(logits_ptr, temperature, pivot, highest, vocab, BLOCK: tl.constexpr):
+    """Of the scaled logits at or above ``pivot``: how many, their mass, the least; and the greatest below it."""
+    offset = tl.arange(0, BLOCK)
+    count = tl.zeros([BLOCK], tl.int32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    least = tl.full([BLOCK], float("inf"), tl.float32)
+    below = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        token = start + offset
+        x = tl.load(logits_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32) / temperature
+        inside = x >= pivot
+        count += inside.to(tl.int32)
+        mass += tl.where(inside, tl.exp(x - highest), 0.0)
+        least = tl.minimum(least, tl.where(inside, x, float("inf")))
+        below = tl.maximum(below, tl.where(inside, float("-inf"), x))
+    return tl.sum(count, axis=0), tl.sum(mass, axis=0), tl.min(least, axis=0), tl.max(below, axis=0)
+
+
+@triton.jit
+def _bisect(logits_ptr, temperature, low, highest, wanted, vocab, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The greatest logit ``t`` such that what is at or above it counts (or weighs) at least ``wanted``; ``low`` does."""
+    top = highest  # the greatest logit that may be the answer
+    while low < top:
+        pivot = low + (top - low) * 0.5
+        pivot = tl.where(pivot > low, pivot, top)
+        count, mass, least, below = _above(logits_ptr, temperature, pivot, highest, vocab, BLOCK)
+        if BY_MASS:
+            enough = mass >= wanted
+            upper = top
+        else:
+            enough = count >= wanted
+            upper = tl.where(count == wanted, least, top)
+        low = tl.where(enough, least, low)
+        top = tl.where(enough, upper, tl.maximum(below, low))
+    return low
+
+
+@triton.jit
+def _threshold_kernel(
+    logits_ptr,  # [rows, vocab]
+    slots_ptr,  # [rows]
+    temperature_ptr,  # float32 [max_slots]
+    top_k_ptr,  # int32 [max_slots]
+    top_p_ptr,  # float32 [max_slots]
+    min_p_ptr,  # float32 [max_slots]
+    threshold_ptr,  # float32 [rows]
+    logits_stride,
+    vocab,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    wait_for_previous(PDL)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    threshold = float("-inf")
+    if slot >= 0:
+        temperature = tl.load(temperature_ptr + slot)
+        top_k = tl.load(top_k_ptr + slot)
+        top_p = tl.load(top_p_ptr + slot)
+        min_p = tl.load(min_p_ptr + slot)
+        limit_k = (top_k > 0) & (top_k < vocab)
+        if (temperature > 0.0) & (limit_k | (top_p < 1.0) | (min_p > 0.0)):
+            logits_ptr += row * logits_stride
+            offset = tl.arange(0, BLOCK)
+            highest = tl.full([BLOCK], float("-inf"), tl.float32)
+            for start in range(0, vocab, BLOCK):
+                token = start + offset
+                x = tl.load(logits_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32) / temperature
+                highest = tl.maximum(highest, x)
+            greatest = tl.max(highest, axis=0)
+            # What is banned (-inf) never counts; far below the greatest is only what weighs nothing.
+            low = tl.where(min_p > 0.0, greatest + tl.log(tl.maximum(min_p, 1e-37)), -3.0e38)
+            count, mass, least, _ = _above(logits_ptr, temperature, low, greatest, vocab, BLOCK)
+            low = tl.minimum(least, greatest)
+            if limit_k & (count > top_k):
+                low = _bisect(logits_ptr, temperature, low, greatest, top_k, vocab, False, BLOCK)
+                count, mass, least, _ = _above(logits_ptr, temperature, low, greatest, vocab, BLOCK)
+            if top_p < 1.0:
+                low = _bisect(logits_ptr, temperature, low, greatest, top_p * mass, vocab, True, BLOCK)
+            threshold = low
+    tl.store(threshold_ptr + row, threshold)
+
+
+@triton.jit
+def _draw_kernel(
+    logits_ptr,  # [rows, vocab]
+    slots_ptr,  # [rows]
+    temperature_ptr,  # float32 [max_slots]
+    seed_ptr,  # int64 [max_slots]
+    positions_ptr,  # [rows]
+    threshold_ptr,  # float32 [rows]
+    part_value_ptr,  # float32 [rows, SPLITS]
+    part_token_ptr,  # int32 [rows, SPLITS]
+    count_ptr,  # int32 [rows], zero between launches
+    out_ptr,  # int32 [rows]
+    logits_stride,
+    vocab,
+    share,
+    SPLITS: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr,
+    FILTER: tl.constexpr,
+    RANDOM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    wait_for_previous(PDL)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    if slot < 0:
+        if split == 0:
+            tl.store(out_ptr + row, -1)
+    else:
+        offset = tl.arange(0, BLOCK)
+        best = tl.full([BLOCK], float("-inf"), tl.float32)
+        best_token = tl.full([BLOCK], 0, tl.int32) + offset + split * share
+        if RANDOM:
+            temperature = tl.load(temperature_ptr + slot)
+            greedy = temperature <= 0.0
+            temperature = tl.where(greedy, 1.0, temperature)
+            first, second = _noise_keys(tl.load(seed_ptr + slot), tl.load(positions_ptr + row))
+        if FILTER:
+            threshold = tl.load(threshold_ptr + row)
+        for start in range(split * share, tl.minimum(split * share + share, vocab), BLOCK):
+            token = start + offset
+            x = tl.load(logits_ptr + row * logits_stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+            if RANDOM:
+                x = x / temperature
+                if FILTER:
+                    x = tl.where(x >= threshold, x, float("-inf"))
+                if not greedy:
+                    x += _gumbel(token, first, second)
+            better = x > best  # strictly: of equal ones the first token stays
+            best = tl.where(better, x, best)
+            best_token = tl.where(better, token, best_token)
+        value = tl.max(best, axis=0)
+        token = tl.min(tl.where(best == value, best_token, 0x7FFFFFFF), axis=0)
+        if SPLITS == 1:
+            tl.store(out_ptr + row, tl.minimum(token, vocab - 1))
+        else:
+            tl.store(part_value_ptr + row * SPLITS + split, value)
+            tl.store(part_token_ptr + row * SPLITS + split, token)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(count_ptr + row, 1, sem="acq_rel", scope="gpu")
+            if arrived == SPLITS - 1:
+                tl.store(count_ptr + row, 0)
+                s = tl.arange(0, SPLITS_BLOCK)
+                values = tl.load(part_value_ptr + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"), cache_modifier=".cg")
+                tokens = tl.load(part_token_ptr + row * SPLITS + s, mask=s < SPLITS, other=0x7FFFFFFF, cache_modifier=".cg")
+                value = tl.max(values, axis=0)
+                token = tl.min(tl.where(values == value, tokens, 0x7FFFFFFF), axis=0)
+                tl.store(out_ptr + row, tl.minimum(token, vocab - 1))
+
+
+@triton.jit
+def _logprob_kernel(
+    logits_ptr,  # [rows, vocab]
+    tokens_ptr,  # [rows]
+    part_ptr,  # float32 [rows, SPLITS, 2]: maximum, sum of exponentials
+    above_ptr,  # int32 [rows, SPLITS]
+    count_ptr,  # int32 [rows], zero between launches
+    logprob_ptr,  # float32 [rows]
+    rank_ptr,  # int32 [rows]
+    logits_stride,
+    vocab,
+    share,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    wait_for_previous(PDL)
+    chosen = tl.load(tokens_ptr + row).to(tl.int64)
+    if chosen < 0:
+        if split == 0:
+            tl.store(logprob_ptr + row, 0.0)
+            tl.store(rank_ptr + row, 0)
+    else:
+        logits_ptr += row * logits_stride
+        logit = tl.load(logits_ptr + chosen).to(tl.float32)
+        offset = tl.arange(0, BLOCK)
+        highest = tl.full([BLOCK], -1.0e30, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        above = tl.zeros([BLOCK], tl.int32)
+        for start in range(split * share, tl.minimum(split * share + share, vocab), BLOCK):
+            token = start + offset
+            x = tl.load(logits_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+            above += (x > logit).to(tl.int32)
+            new_highest = tl.maximum(highest, x)
+            total = total * tl.exp(highest - new_highest) + tl.exp(x - new_highest)
+            highest = new_highest
+        greatest = tl.max(highest, axis=0)
+        tl.store(part_ptr + (row * SPLITS + split) * 2, greatest)
+        tl.store(part_ptr + (row * SPLITS + split) * 2 + 1, tl.sum(total * tl.exp(highest - greatest), axis=0))
+        tl.store(above_ptr + row * SPLITS + split, tl.sum(above, axis=0))
+        tl.debug_barrier()
+        arrived = tl.atomic_add(count_ptr + row, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS - 1:
+            tl.store(count_ptr + row, 0)
+            s = tl.arange(0, SPLITS)
+            maxima = tl.load(part_ptr + (row * SPLITS + s) * 2, cache_modifier=".cg")
+            sums = tl.load(part_ptr + (row * SPLITS + s) * 2 + 1, cache_modifier=".cg")
+            greatest = tl.max(maxima, axis=0)
+            normaliser = greatest + tl.log(tl.sum(sums * tl.exp(maxima - greatest), axis=0))
+            tl.store(logprob_ptr + row, logit - normaliser)
+            tl.store(rank_ptr + row, 1 + tl.sum(tl.load(above_ptr + row * SPLITS + s, cache_modifier=".cg"), axis=0))
+
+
+class SamplerWorkspace:
+    """Device buffers of the sampler, of fixed size, good for CUDA graphs; for one stream.
+
+    Args:
+        max_rows: Most rows in one launch.
+        device: Where the logits are.
+    """
+
+    MAX_SPLITS = 128
+
+    def __init__(self, max_rows: int, device: torch.device | str) -> None:
+        self.max_rows = max_rows
+        self.values = torch.empty(max_rows * self.MAX_SPLITS, dtype=torch.float32, device=device)
+        self.tokens = torch.empty(max_rows * self.MAX_SPLITS, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.thresholds = torch.empty(max_rows, dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class LogitsState:
+    """Per-slot arrays of what changes logits; leave a group None where no request of the engine uses it.
+
+    Attributes:
+        output_counts: int16 ``[max_slots, vocab]``, how often each token was generated.
+        prompt_bits: int32 ``[max_slots, ceil(vocab / 32)]``, bit ``token % 32`` of word ``token // 32``: stands in the prompt.
+        repetition_penalty, frequency_penalty, presence_penalty: float32 ``[max_slots]``.
+        bitmask: int32 ``[max_slots, ceil(vocab / 32)]``, bit set: allowed (all ones where nothing is banned).
+        bias_tokens: int32 ``[max_slots, max_bias]``, no token twice in a row; -1 and what is past the vocabulary is skipped.
+        bias_values: float32 ``[max_slots, max_bias]``, added to the logit; ``-inf`` bans.
+    """
+
+    output_counts: torch.Tensor | None = None
+    prompt_bits: torch.Tensor | None = None
+    repetition_penalty: torch.Tensor | None = None
+    frequency_penalty: torch.Tensor | None = None
+    presence_penalty: torch.Tensor | None = None
+    bitmask: torch.Tensor | None = None
+    bias_tokens: torch.Tensor | None = None
+    bias_values: torch.Tensor | None = None
+
+
+def process_logits(
+    logits: torch.Tensor, slots: torch.Tensor, state: LogitsState, out: torch.Tensor | None = None, *, pdl: bool = False
+) -> torch.Tensor:
+    """Bias, then repetition, frequency and presence penalty, then the bitmask, in vLLM's order and meaning.
+
+    Args:
+        logits: ``[rows, vocab]`` bf16, fp16 or float32, rows contiguous; not changed.
+        slots: int32 ``[rows]``; rows with -1 are not written.
+        state: What to apply.
+        out: float32 ``[rows, vocab]``, another tensor than ``logits``; a new one when None.
+        pdl: Programmatic dependent launch.
+
+    Returns:
+        float32 ``[rows, vocab]``.
+
+    Raises:
+        ValueError: ``out`` is not float32, or is ``logits``.
+    """
+    rows, vocab = logits.shape
+    if out is None:
+        out = torch.empty(rows, vocab, dtype=torch.float32, device=logits.device)
+    if out.dtype != torch.float32 or out.data_ptr() == logits.data_ptr() != 0:
+        raise ValueError("process_logits writes float32 to another tensor")
+
+    def stride(tensor: torch.Tensor | None) -> int:
+        return 0 if tensor is None else tensor.stride(0)
+
+    for bias in (False, True):
+        entries = vocab if not bias else 0 if state.bias_tokens is None else state.bias_tokens.shape[1]
+        if not rows or not entries:
+            continue
+        block = min(power_of_two(entries), 2048)
+        _process_kernel[(rows, triton.cdiv(entries, block))](
+            logits,
+            out,
+            slots,
+            state.output_counts,
+            state.prompt_bits,
+            state.repetition_penalty,
+            state.frequency_penalty,
+            state.presence_penalty,
+            state.bitmask,
+            state.bias_tokens,
+            state.bias_values,
+            logits.stride(0),
+            out.stride(0),
+            stride(state.output_counts),
+            stride(state.prompt_bits),
+            stride(state.bitmask),
+            stride(state.bias_tokens),
+            vocab,
+            entries,
+            PENALTIES=state.output_counts is not None,
+            BITMASK=state.bitmask is not None,
+            BIAS=bias,
+            BLOCK=block,
+            PDL=pdl,
+            **launch_options(pdl),
+        )
+    return out
+
+
+def sample(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    workspace: SamplerWorkspace,
+    *,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    greedy: bool = False,
+    out: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """One token per row: the greatest of ``logit / temperature + noise`` among the tokens that the filters leave.
+
+    Min-p comes first, then top-k of what is left, then top-p of what is left, renormalised, as in vLLM.
+
+    Args:
+        logits: ``[rows, vocab]`` bf16, fp16 or float32, rows contiguous.
+        slots: int32 ``[rows]``: where a row's parameters are; -1: padding, the token is -1.
+        positions: int32 or int64 ``[rows]``: position of the token to be sampled, for the noise.
+        temperature: float32 ``[max_slots]``; 0: the most likely token, the first of equals.
+        seed: int64 ``[max_slots]``.
+        workspace: Buffers.
+        top_k: int32 ``[max_slots]``, 0 (or less) keeps all. The three filters come together; None: no row filters.
+        top_p: float32 ``[max_slots]``, 1 keeps all.
+        min_p: float32 ``[max_slots]``, 0 keeps all.
+        greedy: Every row is greedy: temperatures and seeds are not read.
+        out: int32 ``[rows]``; a new tensor when None.
+        pdl: Programmatic dependent launch.
+
+    Returns:
+        int32 ``[rows]``.
+
+    Raises:
+        ValueError: More rows than the workspace has room for, or a filter without the others.
+    """
+    rows, vocab = logits.shape
+    filters = (top_k, top_p, min_p)
+    if rows > workspace.max_rows:
+        raise ValueError(f"{rows} rows in a workspace for {workspace.max_rows}")
+    if any(f is None for f in filters) and not all(f is None for f in filters):
+        raise ValueError("top_k, top_p and min_p come together")
+    if out is None:
+        out = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    if not rows:
+        return out
+    filtered = top_k is not None and not greedy
+    if filtered:
+        block = min(power_of_two(vocab), 8192)
+        _threshold_kernel[(rows,)](
+            logits,
+            slots,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            workspace.thresholds,
+            logits.stride(0),
+            vocab,
+            BLOCK=block,
+            PDL=pdl,
+            num_warps=max(1, min(32, block // 256)),
+            **launch_options(pdl),
+        )
+    block = min(power_of_two(vocab), 1024)
+    # The maximum is exact, so the number of programs may follow the batch.
+    splits = max(1, min(triton.cdiv(4 * num_sms(logits.device), rows), triton.cdiv(vocab, block), workspace.MAX_SPLITS))
+    share = triton.cdiv(triton.cdiv(vocab, splits), block) * block
+    splits = triton.cdiv(vocab, share)
+    _draw_kernel[(rows, splits)](
+        logits,
+        slots,
+        temperature,
+        seed,
+        positions,
+        workspace.thresholds,
+        workspace.values,
+        workspace.tokens,
+        workspace.counts,
+        out,
+        logits.stride(0),
+        vocab,
+        share,
+        SPLITS=splits,
+        SPLITS_BLOCK=power_of_two(splits),
+        FILTER=filtered,
+        RANDOM=not greedy,
+        BLOCK=block,
+        PDL=pdl,
+        num_warps=4,
+        **launch_options(pdl),
+    )
+    return out
+
+
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, workspace: SamplerWorkspace, *, pdl: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and rank of one token per row under the raw logits.
+
+    Args:
+        logits: ``[rows, vocab]`` bf16, fp16 or float32, rows contiguous.
+        tokens: int32 or int64 ``[rows]``; -1: padding, log-probability 0 and rank 0.
+        workspace: Buffers.
+        pdl: Programmatic dependent launch.
+
+    Returns:
+        float32 ``[rows]`` and int32 ``[rows]``; rank 1 is the most likely, equal logits share a rank.
+
+    Raises:
+        ValueError: More rows than the workspace has room for.
+    """
+    rows, vocab = logits.shape
+    if rows > workspace.max_rows:
+        raise ValueError(f"{rows} rows in a workspace for {workspace.max_rows}")
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    ranks = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    if rows:
+        block = min(power_of_two(triton.cdiv(vocab, LOGPROB_SPLITS)), 1024)
+        share = triton.cdiv(triton.cdiv(vocab, LOGPROB_SPLITS), block) * block
+        _logprob_kernel[(rows, LOGPROB_SPLITS)](
+            logits,
+            tokens,
+            workspace.values,
+            workspace.tokens,
+            workspace.counts,
+            logprobs,
+            ranks,
+            logits.stride(0),
+            vocab,
+            share,
+            SPLITS=LOGPROB_SPLITS,
+            BLOCK=block,
+            PDL=pdl,
+            num_warps=4,
+            **launch_options(pdl),
+        )
+    return logprobs, ranks
+
+
+def process_logits_reference(logits: torch.Tensor, slots: torch.Tensor, state: LogitsState) -> torch.Tensor:
+    """What :func:`process_logits` computes for rows with a slot, in the type of ``logits``."""
+    slot = slots.clamp(min=0).long()
+    vocab = logits.shape[1]
+    out = logits.clone()
+    token = torch.arange(vocab, device=logits.device)
+
+    def bits(words: torch.Tensor) -> torch.Tensor:
+        return ((words[slot][:, token // 32] >> (token % 32)) & 1).bool()
+
+    if state.bias_tokens is not None and state.bias_values is not None:
+        for row, s in enumerate(slot.tolist()):
+            named = state.bias_tokens[s]
+            valid = (named >= 0) & (named < vocab)
+            out[row, named[valid].long()] += state.bias_values[s][valid].to(out.dtype)
+    if state.output_counts is not None:
+        assert state.prompt_bits is not None
+        assert state.repetition_penalty is not None
+        assert state.frequency_penalty is not None
+        assert state.presence_penalty is not None
+        count = state.output_counts[slot].to(out.dtype)
+        factor = torch.where((count > 0) | bits(state.prompt_bits), state.repetition_penalty[slot][:, None].to(out.dtype), 1.0)
+        out = torch.where(out > 0, out / factor, out * factor)
+        out = out - state.frequency_penalty[slot][:, None] * count - state.presence_penalty[slot][:, None] * (count > 0)
+    if state.bitmask is not None:
+        out = out.masked_fill(~bits(state.bitmask), float("-inf"))
+    return out
+
+
+def filter_reference(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """Which tokens the filters leave, bool ``[rows, vocab]``; parameters by row (``[rows]``), equal logits stay together."""
+    rows = len(logits)
+    x = logits.to(torch.float64) / temperature.to(torch.float64).clamp(min=1e-30)[:, None]
+    ordered = x.sort(dim=-1, descending=True).values
+    keep = x >= ordered[:, :1] + min_p.to(torch.float64).log()[:, None]
+    for row in range(rows):
+        left = ordered[row, : int(keep[row].sum())]
+        k = int(top_k[row])
+        if 0 < k < len(left):
+            keep[row] &= x[row] >= left[k - 1]
+            left = left[left >= left[k - 1]]
+        if top_p[row] < 1.0:
+            mass = (left - left[0]).exp().cumsum(0)
+            last = int((mass < float(top_p[row]) * mass[-1]).sum())
+            keep[row] &= x[row] >= left[min(last, len(left) - 1)]
+    return keep & (x > float("-inf"))
+
+
+def sample_reference(
+    logits: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+) -> torch.Tensor:
+    """What :func:`sample` draws, int64 ``[rows]``; parameters by row (``[rows]``), with a sort."""
+    keep = filter_reference(logits, temperature, top_k, top_p, min_p)
+    token = torch.arange(logits.shape[1], device=logits.device)
+    noise = gumbel_noise(seed[:, None], positions[:, None], token[None])
+    scaled = logits.float() / temperature.clamp(min=1e-30)[:, None] + noise
+    drawn = scaled.masked_fill(~keep, float("-inf")).argmax(-1)
+    return torch.where(temperature > 0, drawn, logits.float().argmax(-1))
+
+
+def token_logprobs_reference(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`token_logprobs` computes, in the type of ``logits``."""
+    chosen = logits.gather(1, tokens.long()[:, None])
+    return (chosen - logits.logsumexp(-1, keepdim=True))[:, 0], 1 + (logits > chosen).sum(-1)
