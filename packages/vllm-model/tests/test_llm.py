@@ -55,8 +55,9 @@ def test_a_bad_prompt_runs_nothing_and_the_next_is_served(llm: LLM) -> None:
     assert llm.generate("fine", GREEDY, use_tqdm=False)[0].finished
 
 
-def test_without_a_tokenizer() -> None:
-    llm = LLM("default", max_model_len=128, skip_tokenizer_init=True)
+def test_without_a_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = LLM("default", max_model_len=128, skip_tokenizer_init=True, num_blocks=64)
+    assert "64 blocks of 16 tokens = 1,024 tokens, 8.0 requests of 128 tokens" in capsys.readouterr().err
     output = llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0].outputs[0]
     assert output.text == ""
     assert output.token_ids

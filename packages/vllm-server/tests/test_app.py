@@ -49,7 +49,7 @@ def events_of(text: str) -> tuple[list[dict[str, Any]], bool]:
         (CHAT, HELLO | {"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
         (CHAT, HELLO | {"logit_bias": {"9999": 1}}, "logit_bias", "9999"),
         (CHAT, HELLO | {"seed": 1.5}, "seed", "seed"),
-        (CHAT, {}, None, "messages"),
+        (CHAT, {}, "messages", "missing"),
         (CHAT, HELLO | {"messages": []}, "messages", "at least one"),
         (CHAT, HELLO | {"messages": ["x"]}, "messages[0]", "object"),
         (CHAT, HELLO | {"messages": [{"role": "king", "content": ""}]}, "messages[0].role", "role"),

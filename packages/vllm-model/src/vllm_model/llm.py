@@ -1,5 +1,6 @@
 """Text in, text out, offline."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -89,6 +90,7 @@ class LLM:
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_pretrained(path)
         self.chat_template = None if self.tokenizer is None else ChatTemplate.of(self.tokenizer)
         self._num_requests = 0
+        print(self.engine.kv_cache_summary(), file=sys.stderr)  # noqa: T201 - who runs out of it wants to know the sum
 
     def generate(
         self,

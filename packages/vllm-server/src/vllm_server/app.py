@@ -87,7 +87,7 @@ class Service:
         self._count_unknown(body, CompletionRequest)
         self._check_model(asked.model)
         params = asked.sampling_params(
-            max_tokens=16 if asked.max_tokens is None else asked.max_tokens,
+            max_tokens=16 if asked.max_tokens is None else 1 if asked.score_only else asked.max_tokens,
             logprobs=asked.logprobs,
             prompt_logprobs=asked.logprobs if asked.echo else asked.prompt_logprobs,
         )
@@ -105,7 +105,7 @@ class Service:
         if asked.top_logprobs is not None and not asked.logprobs:
             raise HttpError(400, "top_logprobs needs logprobs to be true.", param="top_logprobs")
         params = asked.sampling_params(
-            max_tokens=asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens,
+            max_tokens=asked.most_tokens,
             logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
             prompt_logprobs=asked.prompt_logprobs,
         )
@@ -153,6 +153,7 @@ class Service:
                 first_index=place * params.n,
                 priority=asked.priority,
                 cache_salt=asked.cache_salt,
+                score_only=asked.score_only,
             )
             for place, prompt in enumerate(prompts)
         ]

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import math
+import re
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,6 +14,7 @@ from vllm_server.errors import HttpError
 BODY_SECONDS = 60.0
 MAX_INTEGER = 2**63
 MAX_DEPTH = 64
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -48,7 +51,9 @@ def parse_object(data: bytes) -> dict[str, Any]:
         HttpError: 400 with what is wrong.
     """
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
+        value = json.loads(
+            data.decode(), object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_integer
+        )
         _check_depth(value, 0)
         if b"\\u" in data:
             json.dumps(value, ensure_ascii=False).encode()
@@ -74,6 +79,10 @@ def decode(value: dict[str, Any], kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$")
         param = path.rstrip("`").lstrip(".") or None
+        missing = _MISSING.match(text)
+        if missing is not None:
+            param = missing[1] if param is None else f"{param}.{missing[1]}"
+            raise HttpError(400, f"{param} is missing.", param=param) from error
         where = f"{param}: " if param else ""
         raise HttpError(400, f"{where}{text[:1].lower() + text[1:]}.", param=param) from error
 
@@ -95,12 +104,20 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise HttpError(400, "The body holds a number beyond double precision.")
+    return value
+
+
 def _check_depth(value: Any, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise HttpError(400, f"The body is nested deeper than {MAX_DEPTH} levels.")
     if isinstance(value, dict):
         for item in value.values():
             _check_depth(item, depth + 1)
-    elif isinstance(value, list) and value and isinstance(value[0], dict | list):
+    elif isinstance(value, list):
         for item in value:
-            _check_depth(item, depth + 1)
+            if isinstance(item, dict | list):  # a list of a million ids costs no calls
+                _check_depth(item, depth + 1)

@@ -119,18 +119,18 @@ class CompletionAnswer(Answer):
     def choice(self, delta: Delta) -> dict[str, Any]:
         logprobs = self._logprobs(delta, first=True)
         text = self._prompt_text(delta) + delta.text
-        return self._choice(delta, text, logprobs)
+        return self._choice(delta, text, logprobs, first=True)
 
     def chunk_choices(self, delta: Delta) -> list[dict[str, Any]]:
         first = delta.index not in self._offsets
         logprobs = self._logprobs(delta, first)
         text = (self._prompt_text(delta) if first else "") + delta.text
-        return [self._choice(delta, text, logprobs)]
+        return [self._choice(delta, text, logprobs, first)]
 
     def extra(self) -> dict[str, Any]:
         return {} if self._request.prompt_logprobs is None else super().extra()
 
-    def _choice(self, delta: Delta, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    def _choice(self, delta: Delta, text: str, logprobs: dict[str, Any] | None, first: bool) -> dict[str, Any]:
         return {
             "index": delta.index,
             "text": text,
@@ -138,7 +138,14 @@ class CompletionAnswer(Answer):
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
             **self.ids(delta),
+            **self._prompt_ids(delta, first),
         }
+
+    def _prompt_ids(self, delta: Delta, first: bool) -> dict[str, Any]:
+        """The key ``prompt_token_ids``, once a choice, if ids were asked for."""
+        if not (self.with_ids and first):
+            return {}
+        return {"prompt_token_ids": list(self.generations[self._prompt_of(delta)].prompt)}
 
     def _prompt_text(self, delta: Delta) -> str:
         return self._texts[self._prompt_of(delta)] if self._request.echo else ""
@@ -181,6 +188,10 @@ class ChatAnswer(Answer):
         super().__init__(request, model, tokenizer, generations)
         self._with_logprobs = bool(request.logprobs)
         self._opened: set[int] = set()
+
+    def extra(self) -> dict[str, Any]:
+        ids = {"prompt_token_ids": list(self.generations[0].prompt)} if self.with_ids else {}
+        return super().extra() | ids
 
     def choice(self, delta: Delta) -> dict[str, Any]:
         message = {"role": "assistant", "content": delta.text}

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 from vllm_traits.errors import ConfigError
 
@@ -115,8 +115,19 @@ def _without_serve(arguments: Sequence[str]) -> list[str]:
     return list(arguments[1:] if arguments and arguments[0] == "serve" else arguments)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest flag to one that is not known."""
+
+    def error(self, message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if words and message.startswith("unrecognized") and words[0].startswith("--"):
+            near = difflib.get_close_matches(words[0].partition("=")[0], list(self._option_string_actions), n=1)
+            message += f" (did you mean {near[0]}?)" if near else ""
+        super().error(message)
+
+
 def _parser(version: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vllm-server",
         usage="vllm-server [serve] [MODEL] [options]",
         description="Serve a language model over the OpenAI API.",

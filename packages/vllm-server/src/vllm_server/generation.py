@@ -38,6 +38,7 @@ class Generation:
         prompt: Token ids.
         params: What to do with it.
         first_index: Of its first choice among all of the request.
+        score_only: Only the prompt's probabilities are wanted: the engine makes one token, which is not shown.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class Generation:
         first_index: int = 0,
         priority: int = 0,
         cache_salt: str | None = None,
+        score_only: bool = False,
     ) -> None:
         self.prompt = prompt
         self.params = params
         self.output: RequestOutput | None = None
         self._engine = engine
         self._first_index = first_index
+        self._score_only = score_only
         self._priority, self._cache_salt = priority, cache_salt
         self._request_id = uuid.uuid4().hex
         self._texts = [IncrementalDetokenizer(tokenizer, prompt, params) for _ in range(params.n)]
@@ -65,7 +68,7 @@ class Generation:
     @property
     def num_output_tokens(self) -> int:
         """Over all choices, so far."""
-        return sum(text.num_tokens for text in self._texts)
+        return 0 if self._score_only else sum(text.num_tokens for text in self._texts)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -104,6 +107,9 @@ class Generation:
             if stop_reason == "backend_error":
                 raise HttpError(500, "The model failed on this request.", type="server_error")
             raise HttpError(503, "The request was aborted.", type="server_error", code="aborted")
+        if self._score_only:
+            self._ended[place] = reason is not None
+            return None if reason is None else Delta(delta.index, finish_reason="length")
         tokens = choice.token_ids[start:end]
         delta.text += text.push(tokens, finished=reason is not None, drop_last=reason == "stop")
         if text.stopped is not None:

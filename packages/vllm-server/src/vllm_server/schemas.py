@@ -53,12 +53,19 @@ class Sampling(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     user: str | None = None
 
+    @property
+    def score_only(self) -> bool:
+        """Whether no token is wanted, only the prompt and its probabilities."""
+        return False
+
     def sampling_params(self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
         """As the engine takes them.
 
         Raises:
             InvalidRequestError: A value is out of its range.
         """
+        if self.stream and self.prompt_logprobs is not None:
+            raise HttpError(400, "prompt_logprobs cannot be streamed.", param="prompt_logprobs")
         bias = None
         if self.logit_bias is not None:
             try:
@@ -100,6 +107,10 @@ class CompletionRequest(Sampling, kw_only=True):
     logprobs: int | None = None
     add_special_tokens: bool = True
 
+    @property
+    def score_only(self) -> bool:
+        return self.echo and self.max_tokens == 0
+
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt.
 
@@ -129,6 +140,23 @@ class ChatRequest(Sampling, kw_only=True):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """``max_completion_tokens``, which wins, or ``max_tokens``.
+
+        Raises:
+            HttpError: ``max_completion_tokens`` is out of its range; under the name that the client used.
+        """
+        if self.max_completion_tokens is None:
+            return self.max_tokens
+        if not 1 <= self.max_completion_tokens < 2**31:
+            raise HttpError(
+                400,
+                f"max_completion_tokens is {self.max_completion_tokens}; it must be at least 1.",
+                param="max_completion_tokens",
+            )
+        return self.max_completion_tokens
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
