@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_model.sampler import gumbel_noise, sample, token_logprobs
+from vllm_model.sampler import sample, token_logprobs
 from vllm_traits import BatchState, SamplingParams
 from vllm_traits.conformance import batch_of
-
-CPU = torch.device("cpu")
 
 
 def draw(
@@ -65,18 +63,6 @@ def test_the_distribution_is_exact(params: SamplingParams, probabilities: np.nda
 
 def test_temperature_zero_takes_the_most_likely() -> None:
     assert set(draw(LOGITS, SamplingParams(temperature=0), 50)) == {0}
-
-
-def test_noise_is_a_function_of_seed_position_and_token() -> None:
-    alone = gumbel_noise(np.array([5]), np.array([9]), 100, CPU)
-    crowd = gumbel_noise(np.arange(32), np.full(32, 9), 100, CPU)
-    assert torch.equal(alone[0], crowd[5])
-    assert not torch.equal(crowd[5], gumbel_noise(np.array([5]), np.array([10]), 100, CPU)[0])
-    assert torch.equal(alone[0, :50], gumbel_noise(np.array([5]), np.array([9]), 50, CPU)[0])
-    values = gumbel_noise(np.array([-(2**63), 2**63 - 1]), np.array([0, 1]), 100_000, CPU)
-    assert values.isfinite().all()
-    assert abs(float(values.mean()) - 0.5772) < 0.02  # Euler's constant, the mean of a Gumbel variable
-    assert abs(float(values.var()) - 1.6449) < 0.05
 
 
 def test_penalties() -> None:

@@ -1,21 +1,26 @@
 """The model behind the engine's protocol, in torch."""
 
+import importlib.util
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vllm_model.attention import plan_attention
 from vllm_model.decoder import Decoder
+from vllm_model.host_sampling import sample_on_host, wanted_tokens
 from vllm_model.hub import resolve_model
 from vllm_model.kv_cache import PagedKvCache
 from vllm_model.loaders import LoadFormat, load_config, load_weights
 from vllm_model.model_config import ModelConfig
-from vllm_model.sampler import sample, token_logprobs
-from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelSpec
-from vllm_traits.batch import Batch, BatchOutput, BatchState, TokenLogprobs
+from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelBackend, ModelSpec
+from vllm_traits.batch import Batch, BatchOutput, BatchState
 from vllm_traits.errors import BackendError, BackendOutOfMemoryError, ConfigError
+
+if TYPE_CHECKING:
+    from vllm_model.cuda_backend import CudaBackend
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU_KV_CACHE_BYTES = 4 << 30
@@ -111,63 +116,14 @@ class TorchBackend:
         assert self._cache is not None
         lens = batch.query_lens
         positions = np.arange(batch.num_tokens) + np.repeat(batch.num_computed - batch.query_start[:-1], lens)
-        wanted, first = self._wanted_tokens(batch)
+        wanted, first = wanted_tokens(batch)
         logits = self.decoder.forward(
             torch.from_numpy(batch.token_ids.astype(np.int64)).to(self.device),
             torch.from_numpy(positions).to(self.device),
             plan_attention(batch, self._cache, self.device),
             None if len(wanted) == batch.num_tokens else torch.from_numpy(wanted).to(self.device),
         )
-        prompt_logprobs = {
-            row: entries
-            for row in range(batch.num_rows)
-            if (entries := self._prompt_logprobs(batch, row, logits[first[row] :])) is not None
-        }
-        rows = np.flatnonzero(batch.sample)
-        tokens = np.full((batch.num_rows, 1), -1, np.int32)
-        logprobs: dict[int, list[TokenLogprobs]] = {}
-        if len(rows):
-            # A row's own logits are its last wanted ones.
-            last = (np.append(first[1:], len(wanted)) - 1)[rows]
-            sampled = logits if len(last) == len(logits) else logits[torch.from_numpy(last).to(self.device)]
-            raw = {row: sampled[i].clone() for i, row in enumerate(rows.tolist()) if self._num_logprobs(batch, row) is not None}
-            chosen = sample(sampled, batch, rows).cpu().numpy()
-            tokens[rows, 0] = chosen
-            for row, own in raw.items():
-                logprobs[row] = token_logprobs(own[None], [int(tokens[row, 0])], self._num_logprobs(batch, row) or 0)
-        return BatchOutput(token_ids=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-
-    def _wanted_tokens(self, batch: Batch) -> tuple["np.typing.NDArray[np.int64]", "np.typing.NDArray[np.int64]"]:
-        """Which of the step's tokens need logits, and where each row's begin among them."""
-        wanted: list[int] = []
-        first: list[int] = []
-        for row, slot in enumerate(batch.slots.tolist()):
-            params, start, end = batch.state.params[slot], int(batch.query_start[row]), int(batch.query_start[row + 1])
-            assert params is not None
-            first.append(len(wanted))
-            if params.prompt_logprobs is not None and batch.num_computed[row] < batch.state.num_prompt_tokens[slot]:
-                wanted.extend(range(start, end))
-            elif batch.sample[row]:
-                wanted.append(end - 1)
-        return np.array(wanted, np.int64), np.array(first, np.int64)
-
-    @staticmethod
-    def _num_logprobs(batch: Batch, row: int) -> int | None:
-        params = batch.state.params[int(batch.slots[row])]
-        assert params is not None
-        return params.logprobs
-
-    @staticmethod
-    def _prompt_logprobs(batch: Batch, row: int, logits: torch.Tensor) -> list[TokenLogprobs] | None:
-        """Of the prompt tokens that this row's chunk predicts; ``logits`` starts with the row's."""
-        slot, start = int(batch.slots[row]), int(batch.num_computed[row])
-        params = batch.state.params[slot]
-        assert params is not None
-        if params.prompt_logprobs is None or start >= batch.state.num_prompt_tokens[slot]:
-            return None
-        end = min(start + int(batch.query_lens[row]), int(batch.state.num_prompt_tokens[slot]) - 1)
-        following = batch.state.token_ids[slot, start + 1 : end + 1].tolist()
-        return token_logprobs(logits[: len(following)], following, params.prompt_logprobs)
+        return sample_on_host(batch, logits, first)
 
 
 def load_backend(
@@ -183,7 +139,7 @@ def load_backend(
     seed: int = 0,
     num_threads: int | None = None,
     revision: str | None = None,
-) -> TorchBackend:
+) -> ModelBackend:
     """Load a model.
 
     Args:
@@ -209,7 +165,7 @@ def load_backend(
     if where.type == "cpu":
         torch.set_num_threads(num_threads or usable_cores())
     weights = load_weights(path, config, dtype=_dtype(dtype, config, where), device=where, load_format=load_format, seed=seed)
-    return TorchBackend(
+    return _backend_class(weights)(
         config,
         weights,
         name=path.stem if path.suffix == ".gguf" else path.name,
@@ -217,6 +173,16 @@ def load_backend(
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         gpu_memory_utilization=gpu_memory_utilization,
     )
+
+
+def _backend_class(weights: dict[str, torch.Tensor]) -> "type[TorchBackend] | type[CudaBackend]":
+    """Our kernels where they run: half precision on a CUDA device with Triton."""
+    embedding = weights["model.embed_tokens.weight"]
+    if embedding.device.type == "cuda" and embedding.dtype != torch.float32 and importlib.util.find_spec("triton") is not None:
+        from vllm_model.cuda_backend import CudaBackend
+
+        return CudaBackend
+    return TorchBackend
 
 
 def usable_cores() -> int:

@@ -53,7 +53,7 @@ class Decoder:
         self.layers = [_take_layer(weights, f"model.layers.{i}") for i in range(config.num_layers)]
         assert not weights, f"weights without a use: {list(weights)[:3]}"
         cos, sin = rotary_tables(config.rope, config.head_dim, max_len)
-        self._cos, self._sin = cos.to(self.embedding.device), sin.to(self.embedding.device)
+        self.rotary = cos.to(self.embedding.device), sin.to(self.embedding.device)
         self._attention: list[GqaAttention] = []
 
     def attach(self, cache: PagedKvCache) -> None:
@@ -73,7 +73,7 @@ class Decoder:
             float32 ``[num_rows, vocab_size]``.
         """
         eps = self.config.rms_norm_eps
-        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]  # [num_tokens, 1, head_dim / 2]
+        cos, sin = (table[positions][:, None] for table in self.rotary)  # [num_tokens, 1, head_dim / 2]
         residual = F.embedding(token_ids, self.embedding)  # [num_tokens, hidden]
         for index, layer in enumerate(self.layers):
             x = rms_norm(residual, layer.input_norm, eps)

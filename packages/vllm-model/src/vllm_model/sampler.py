@@ -4,25 +4,27 @@ Noise is a pure function of (seed, position, token id), so a request's tokens do
 the argmax of scaled logits plus Gumbel noise, an exact sample of their softmax (Gumbel, 1954; Maddison et al., 2014).
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_model.noise import gumbel_noise
 from vllm_traits.batch import Batch, BatchState, TokenLogprobs
 from vllm_traits.sampling_params import SamplingParams
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_MASK = (1 << 64) - 1
 
-
-def sample(logits: torch.Tensor, batch: Batch, rows: npt.NDArray[np.intp]) -> torch.Tensor:
+def sample(
+    logits: torch.Tensor, batch: Batch, rows: npt.NDArray[np.intp], pending: Mapping[int, int] | None = None
+) -> torch.Tensor:
     """The next token of some rows.
 
     Args:
         logits: float32 ``[len(rows), vocab_size]``; changed in place where parameters say so.
         batch: The step, whose state is still as it was.
         rows: Rows of the batch, in the order of ``logits``.
+        pending: By row, the token before, where the state does not have it yet.
 
     Returns:
         int64 ``[len(rows)]``.
@@ -32,8 +34,11 @@ def sample(logits: torch.Tensor, batch: Batch, rows: npt.NDArray[np.intp]) -> to
     for i, slot in enumerate(slots.tolist()):
         params = state.params[slot]
         assert params is not None
-        if _adjusts(params, state, slot, int(positions[i])):
-            _adjust(logits[i], params, state, slot, int(positions[i]))
+        if adjusts(params, state, slot, int(positions[i])):
+            history = state.token_ids[slot, : positions[i]].astype(np.int64)
+            if pending and int(rows[i]) in pending:
+                history[-1] = pending[int(rows[i])]
+            _adjust(logits[i], params, state, slot, history)
     temperature = state.temperature[slots]
     hot = np.flatnonzero(temperature > 0)
     tokens = logits.argmax(dim=-1)
@@ -43,24 +48,12 @@ def sample(logits: torch.Tensor, batch: Batch, rows: npt.NDArray[np.intp]) -> to
     scaled = logits if len(hot) == len(rows) else logits[index]
     scaled = scaled / torch.from_numpy(temperature[hot]).to(logits.device)[:, None]
     _filter(scaled, state, slots[hot])
-    scaled += gumbel_noise(state.seed[slots[hot]], positions[hot], logits.shape[-1], logits.device)
+    seeds = torch.from_numpy(state.seed[slots[hot]].astype(np.int64)).to(logits.device)
+    places = torch.from_numpy(positions[hot].astype(np.int64)).to(logits.device)
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    scaled += gumbel_noise(seeds[:, None], places[:, None], vocabulary[None])
     tokens[index] = scaled.argmax(dim=-1)
     return tokens
-
-
-def gumbel_noise(
-    seeds: npt.NDArray[np.integer], positions: npt.NDArray[np.integer], vocab_size: int, device: torch.device
-) -> torch.Tensor:
-    """float32 ``[len(seeds), vocab_size]``: splitmix64 of seed, position and token, made a Gumbel variable."""
-    keys = [_mix64(_mix64(seed & _MASK) + position) for seed, position in zip(seeds.tolist(), positions.tolist(), strict=True)]
-    start = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
-    z = start[:, None] + torch.arange(1, vocab_size + 1, device=device) * _signed(_GOLDEN)  # wraps, as it should
-    z ^= (z >> 30) & ((1 << 34) - 1)  # >> keeps the sign: the mask makes it a logical shift
-    z *= _signed(_MIX[0])
-    z ^= (z >> 27) & ((1 << 37) - 1)
-    z *= _signed(_MIX[1])
-    uniform = (((z >> 40) & ((1 << 24) - 1)).float() + 0.5) * 2.0**-24  # in (0, 1)
-    return uniform.log_().neg_().log_().neg_()
 
 
 def token_logprobs(logits: torch.Tensor, chosen: list[int], num: int) -> list[TokenLogprobs]:
@@ -81,7 +74,8 @@ def token_logprobs(logits: torch.Tensor, chosen: list[int], num: int) -> list[To
     ]
 
 
-def _adjusts(params: SamplingParams, state: BatchState, slot: int, length: int) -> bool:
+def adjusts(params: SamplingParams, state: BatchState, slot: int, length: int) -> bool:
+    """Whether logits of a sequence of ``length`` tokens are changed beyond temperature and filters."""
     return (
         params.has_penalties
         or params.logit_bias is not None
@@ -90,8 +84,9 @@ def _adjusts(params: SamplingParams, state: BatchState, slot: int, length: int) 
     )
 
 
-def _adjust(row: torch.Tensor, params: SamplingParams, state: BatchState, slot: int, length: int) -> None:
-    """Allowed tokens, bias, minimum length and penalties of one row ``[vocab_size]``, in place."""
+def _adjust(row: torch.Tensor, params: SamplingParams, state: BatchState, slot: int, history: npt.NDArray[np.int64]) -> None:
+    """Allowed tokens, bias, minimum length and penalties of one row ``[vocab_size]`` after ``history``, in place."""
+    length = len(history)
     prompt = int(state.num_prompt_tokens[slot])
     if params.allowed_token_ids is not None:
         allowed = torch.tensor(params.allowed_token_ids, device=row.device)
@@ -104,12 +99,12 @@ def _adjust(row: torch.Tensor, params: SamplingParams, state: BatchState, slot: 
     if length - prompt < params.min_tokens and state.stop_token_ids[slot]:
         row[torch.tensor(state.stop_token_ids[slot], device=row.device)] = -torch.inf
     if params.has_penalties:
-        history = torch.from_numpy(state.token_ids[slot, :length].astype(np.int64)).to(row.device)
+        tokens = torch.from_numpy(history).to(row.device)
         if params.repetition_penalty != 1.0:
-            seen = torch.unique(history)
+            seen = torch.unique(tokens)
             values = row[seen]
             row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-        said, counts = torch.unique(history[prompt:], return_counts=True)
+        said, counts = torch.unique(tokens[prompt:], return_counts=True)
         row[said] -= params.frequency_penalty * counts + params.presence_penalty
 
 
@@ -133,14 +128,3 @@ def _filter(scaled: torch.Tensor, state: BatchState, slots: npt.NDArray[np.int32
     wanted = torch.from_numpy(top_p[rows]).to(device)[:, None]
     ordered.masked_fill_((before >= wanted) & (wanted < 1), -torch.inf)
     scaled[index] = torch.empty_like(ordered).scatter_(1, order, ordered)
-
-
-def _mix64(z: int) -> int:
-    z = (z + _GOLDEN) & _MASK
-    z = (z ^ (z >> 30)) * _MIX[0] & _MASK
-    z = (z ^ (z >> 27)) * _MIX[1] & _MASK
-    return z ^ (z >> 31)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value

@@ -1,6 +1,6 @@
 import torch
 
-from vllm_model.kernels.noise import gumbel_noise, noise_bits
+from vllm_model.noise import gumbel_noise, noise_bits
 
 
 def integers(*values: int) -> torch.Tensor:

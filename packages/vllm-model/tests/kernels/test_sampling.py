@@ -3,7 +3,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vllm_model.kernels.noise import gumbel_noise
 from vllm_model.kernels.sampling import (
     LogitsState,
     SamplerWorkspace,
@@ -15,6 +14,7 @@ from vllm_model.kernels.sampling import (
     token_logprobs,
     token_logprobs_reference,
 )
+from vllm_model.noise import gumbel_noise
 
 Check = Callable[..., None]
 VOCABS = [100, 3000, pytest.param(151936, marks=pytest.mark.gpu)]

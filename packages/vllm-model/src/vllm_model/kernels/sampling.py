@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from vllm_model.kernels._launch import launch_options, num_sms, power_of_two, wait_for_previous
-from vllm_model.kernels.noise import gumbel_noise
+from vllm_model.noise import gumbel_noise
 
 LOGPROB_SPLITS = 16
 """Programs of a row in ``token_logprobs``: fixed, so that a row's sum does not depend on the batch."""
