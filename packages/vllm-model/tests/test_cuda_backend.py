@@ -31,7 +31,8 @@ def test_the_contract(law: Callable[..., None], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes"), [("Qwen3ForCausalLM", SHAPE), ("LlamaForCausalLM", SHAPE), ("Qwen2ForCausalLM", {})]
+    ("architecture", "changes"),
+    [("Qwen3ForCausalLM", SHAPE), ("LlamaForCausalLM", SHAPE), ("Qwen2ForCausalLM", {"hidden_size": 192})],
 )
 def test_logits_are_as_close_to_float32_as_those_of_transformers(
     architecture: str, changes: dict[str, Any], random_model: Callable[..., tuple[Path, Any]]
@@ -56,7 +57,8 @@ def test_logits_are_as_close_to_float32_as_those_of_transformers(
         return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
     theirs, exact = logprobs(torch.bfloat16), logprobs(torch.float32)
-    assert float((ours - exact).norm()) < 1.3 * float((theirs - exact).norm())
+    ratio = float((ours - exact).norm()) / float((theirs - exact).norm())
+    assert ratio < 1.3
 
 
 @pytest.mark.parametrize("special", [{}, {"top_p": 0.9, "top_k": 50}, {"repetition_penalty": 1.3}, {"logprobs": 2}])
@@ -80,7 +82,9 @@ def test_a_request_gives_the_same_tokens_alone_and_among_others(special: dict[st
 
 def test_a_mixed_load_with_preemption_and_aborts_ends_clean(folder: Path) -> None:
     rng = np.random.default_rng(1)
-    engine = Engine(load(folder), config=EngineConfig(max_num_seqs=32, max_num_batched_tokens=256, num_blocks=80, max_model_len=256))
+    engine = Engine(
+        load(folder), config=EngineConfig(max_num_seqs=32, max_num_batched_tokens=256, num_blocks=80, max_model_len=256)
+    )
     head = rng.integers(0, 1000, 64).tolist()
     outputs = []
     for i in range(200):

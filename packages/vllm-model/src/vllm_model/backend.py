@@ -165,7 +165,7 @@ def load_backend(
     if where.type == "cpu":
         torch.set_num_threads(num_threads or usable_cores())
     weights = load_weights(path, config, dtype=_dtype(dtype, config, where), device=where, load_format=load_format, seed=seed)
-    return _backend_class(weights)(
+    return _backend_class(config, weights)(
         config,
         weights,
         name=path.stem if path.suffix == ".gguf" else path.name,
@@ -175,10 +175,11 @@ def load_backend(
     )
 
 
-def _backend_class(weights: dict[str, torch.Tensor]) -> "type[TorchBackend] | type[CudaBackend]":
+def _backend_class(config: ModelConfig, weights: dict[str, torch.Tensor]) -> "type[TorchBackend] | type[CudaBackend]":
     """Our kernels where they run: half precision on a CUDA device with Triton."""
     embedding = weights["model.embed_tokens.weight"]
-    if embedding.device.type == "cuda" and embedding.dtype != torch.float32 and importlib.util.find_spec("triton") is not None:
+    half = embedding.device.type == "cuda" and embedding.dtype != torch.float32
+    if half and 16 <= config.head_dim <= 256 and importlib.util.find_spec("triton") is not None:
         from vllm_model.cuda_backend import CudaBackend
 
         return CudaBackend

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 """The model on a CUDA device: a decode step is one graph, from token ids to the sampled token.
 
 What a running sequence needs stands in rows of device tensors, by slot: block table, last token, sampling parameters. A step
@@ -8,6 +9,7 @@ whose logits need the host, launch the same kernels one by one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 
 from vllm_model.decoder import Decoder, Layer
-from vllm_model.host_sampling import needs_host, sample_on_host, wanted_tokens
+from vllm_model.host_sampling import may_need_host, needs_host, sample_on_host, wanted_tokens
 from vllm_model.kernels.gemv import thin_linear
 from vllm_model.kernels.paged_decode import DecodePlan, paged_decode
 from vllm_model.kernels.paged_prefill import paged_prefill
@@ -41,7 +43,7 @@ FIELDS = 5
 """Of a row that the host sends: slot, position, token, place in the block tables, block."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _begin_kernel(staged, tables, last_token, token_ids, positions, slots, seq_lens, rows, B: tl.constexpr):  # noqa: N803
     """Take a step's rows from what the host sent, ``staged`` int32 ``[FIELDS, rows]``; slot -1 is padding."""
     i = tl.arange(0, B)
@@ -59,7 +61,7 @@ def _begin_kernel(staged, tables, last_token, token_ids, positions, slots, seq_l
     tl.store(seq_lens + i, tl.where(slot >= 0, position + 1, 0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _keep_kernel(tokens, slots, last_token, rows, B: tl.constexpr):  # noqa: N803
     """``last_token[slots] = tokens``, but for slot -1."""
     i = tl.arange(0, B)
@@ -126,7 +128,7 @@ class CudaBackend:
         self._kv_cache_memory_bytes = kv_cache_memory_bytes
         self._gpu_memory_utilization = gpu_memory_utilization
         self._graphs: dict[tuple[int, str], _Graph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def kv_cache_budget(self, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> KvCacheBudget:
         config = self.config
@@ -166,6 +168,7 @@ class CudaBackend:
         self._top_k = torch.zeros(rows, dtype=torch.int32, device=device)
         self._seed = torch.zeros(rows, dtype=torch.int64, device=device)
         self._sent_blocks = np.zeros(rows, np.int32)
+        self._needs_host = np.zeros(rows, np.bool_)
         self._plan = DecodePlan(rows, config.num_heads, config.num_kv_heads, config.head_dim, device)
         self._workspace = SamplerWorkspace(rows, device)
         self._sizes = [*(size for size in GRAPH_SIZES if size < rows), rows]
@@ -173,12 +176,15 @@ class CudaBackend:
         self._staging = [torch.zeros(FIELDS * rows, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._stream = torch.cuda.Stream(device)
         self._turn = 0
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            for size in reversed(self._sizes):  # the largest first: the others fit into its memory
+                self._graphs[size, "plain"] = self._capture(size, "plain")
 
     def submit(self, batch: Batch) -> _Step | CompletedStep:
         try:
             with torch.inference_mode(), torch.cuda.stream(self._stream):
                 self._send_changes(batch)
-                if any(needs_host(batch, row) for row in range(batch.num_rows)):
+                if self._needs_host[batch.slots].any() and any(needs_host(batch, row) for row in range(batch.num_rows)):
                     return self._run_with_host(batch)
                 if batch.num_tokens == batch.num_rows:
                     return self._decode(batch)
@@ -207,6 +213,9 @@ class CudaBackend:
         most = int(state.num_blocks[changed].max())
         self._tables[index, :most] = self._to_device(state.block_tables[changed, :most], np.int32)
         self._sent_blocks[changed] = state.num_blocks[changed]
+        for slot in changed.tolist():
+            params = state.params[slot]
+            self._needs_host[slot] = params is not None and may_need_host(params)
 
     def _stage(self, batch: Batch, size: int) -> torch.Tensor:
         """What a step of single tokens sends: pinned int32 ``[FIELDS, size]``."""
@@ -375,9 +384,18 @@ class CudaBackend:
 
     def _draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, mode: str) -> torch.Tensor:
         """Sample, and keep each slot's token for the next step: int32 ``[rows]``."""
-        filters = {"top_k": self._top_k, "top_p": self._floats[1], "min_p": self._floats[2]} if mode == "filtered" else {}
+        filters = (self._top_k, self._floats[1], self._floats[2]) if mode == "filtered" else (None, None, None)
         tokens = sample(
-            logits, slots, positions, self._floats[0], self._seed, self._workspace, greedy=mode == "greedy", **filters
+            logits,
+            slots,
+            positions,
+            self._floats[0],
+            self._seed,
+            self._workspace,
+            top_k=filters[0],
+            top_p=filters[1],
+            min_p=filters[2],
+            greedy=mode == "greedy",
         )
         _keep_kernel[(1,)](tokens, slots, self._last_token, len(slots), B=triton.next_power_of_2(len(slots)))
         return tokens

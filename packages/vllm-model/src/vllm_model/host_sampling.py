@@ -26,6 +26,18 @@ def scores_prompt(batch: Batch, row: int) -> bool:
     return params_of(batch, row).prompt_logprobs is not None and started
 
 
+def may_need_host(params: SamplingParams) -> bool:
+    """Whether :func:`needs_host` can ever be true for a request."""
+    return (
+        params.logprobs is not None
+        or params.prompt_logprobs is not None
+        or params.has_penalties
+        or params.logit_bias is not None
+        or params.allowed_token_ids is not None
+        or params.min_tokens > 0
+    )
+
+
 def needs_host(batch: Batch, row: int) -> bool:
     """Whether a row's logits must be adjusted or reported on, beyond temperature and filters."""
     params, slot = params_of(batch, row), int(batch.slots[row])

@@ -42,7 +42,7 @@ def _finish(
     tl.store(out_ptr + rows_of[:, None] * out_stride + n[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _fma_kernel(
     x_ptr,  # [rows, K]
     w_ptr,  # [N or 2 N, K]
@@ -103,7 +103,7 @@ def _fma_kernel(
     _finish(acc, acc_up, i, n, i < rows, n_mask, out_ptr, out_stride, residual_ptr, residual_stride, SILU, RESIDUAL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _dot_kernel(
     x_ptr,  # [rows, K]
     w_ptr,  # [N or 2 N, K]

@@ -26,7 +26,7 @@ PLAN_FIELDS = 8
 """int32 of one program's plan: row, KV head, tile within the pair, tiles to do, place in the line, length of the line."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _plan_kernel(
     lens_ptr,  # [rows]
     slots_ptr,  # [rows]

@@ -73,7 +73,7 @@ def _attend(
     return acc, highest, denominator
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _prefill_kernel(
     q_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
     out_ptr,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
