@@ -13,7 +13,7 @@ from vllm_model import load_backend
 from vllm_traits import conformance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-SHAPE = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1000}
+SHAPE = {"head_dim": 64, "hidden_size": 384, "intermediate_size": 512, "vocab_size": 1000}
 
 
 @pytest.fixture(scope="module")
