@@ -265,8 +265,8 @@ class CudaBackend:
 
     def _decode_step(self, staged: torch.Tensor, size: int, mode: str) -> torch.Tensor:
         """Everything between the staged rows and the tokens, int32 ``[size]``."""
-        ints = torch.empty(4, size, dtype=torch.int32, device=self.device)
-        token_ids, positions, slots, seq_lens = ints
+        ints = torch.empty(4, -(-size // 4) * 4, dtype=torch.int32, device=self.device)
+        token_ids, positions, slots, seq_lens = ints[:, :size]
         block = triton.next_power_of_2(size)
         _begin_kernel[(1,)](staged, self._tables, self._last_token, token_ids, positions, slots, seq_lens, size, B=block)
         self._plan.update(seq_lens, slots)
@@ -288,8 +288,8 @@ class CudaBackend:
         rows = np.repeat(np.arange(batch.num_rows), lens)
         positions = np.arange(batch.num_tokens) - batch.query_start[rows] + batch.num_computed[rows]
         tokens = batch.token_ids
-        sent_ints = self._to_device(np.stack([tokens, positions, batch.slots[rows]]), np.int32)
-        token_ids, positions_, token_slots = sent_ints
+        sent_ints = self._to_device(np.stack([_aligned(part) for part in (tokens, positions, batch.slots[rows])]), np.int32)
+        token_ids, positions_, token_slots = sent_ints[:, : len(tokens)]
         if (tokens < 0).any():
             token_ids = torch.where(token_ids < 0, self._last_token[token_slots.long()], token_ids)
         parts = []
@@ -327,9 +327,10 @@ class CudaBackend:
         lens = batch.query_lens[members]
         starts = np.concatenate([[0], np.cumsum(lens)])
         computed = batch.num_computed[members]
-        flat = self._to_device(np.concatenate([batch.slots[members], starts, computed, computed + lens]), np.int32)
-        n = len(members)
-        return flat[:n], flat[n : 2 * n + 1], flat[2 * n + 1 : 3 * n + 1], flat[3 * n + 1 :]
+        pieces = [batch.slots[members], starts, computed, computed + lens]
+        flat = self._to_device(np.concatenate([_aligned(piece) for piece in pieces]), np.int32)
+        places = np.cumsum([0, *(len(_aligned(piece)) for piece in pieces)]).tolist()
+        return tuple(flat[at : at + len(piece)] for at, piece in zip(places, pieces, strict=False))
 
     def _layers(
         self, token_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, attend: Attend, keep: torch.Tensor | None
@@ -404,7 +405,7 @@ class CudaBackend:
         """Of a step that is no graph; rows that do not sample have slot -1 here."""
         slots = np.where(batch.sample, batch.slots, -1)
         positions = batch.num_computed + batch.query_lens
-        ints = self._to_device(np.stack([slots, positions]), np.int32)
+        ints = self._to_device(np.stack([_aligned(slots), _aligned(positions)]), np.int32)[:, : len(slots)]
         own = batch.slots[batch.sample]
         filtered = (batch.state.top_k[own] > 0) | (batch.state.top_p[own] < 1) | (batch.state.min_p[own] > 0)
         mode = "filtered" if filtered.any() else "plain" if (batch.state.temperature[own] > 0).any() else "greedy"
@@ -431,3 +432,8 @@ class CudaBackend:
             self._last_token[index] = self._to_device(output.token_ids[rows, 0], np.int32)
         self._stream.synchronize()
         return CompletedStep(output)
+
+
+def _aligned(array: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+    """Padded to whole 16 bytes of int32, so that what follows stays aligned: kernels are compiled for one alignment."""
+    return np.pad(array, (0, -len(array) % 4))

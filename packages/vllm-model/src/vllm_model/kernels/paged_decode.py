@@ -294,9 +294,9 @@ class DecodePlan:
             KV_HEADS=self.num_kv_heads,
             TILE=self.config.tile,
             PROGRAMS=self.programs,
-            ROWS_BLOCK=power_of_two(max(rows, 1)),
+            ROWS_BLOCK=power_of_two(self.max_rows),
             PDL=pdl,
-            num_warps=1 if rows <= 64 else 4,
+            num_warps=1 if self.max_rows <= 64 else 4,
             **launch_options(pdl),
         )
 

@@ -280,7 +280,7 @@ def paged_prefill(
         BLOCK_SIZE=block_size,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        ROWS_BLOCK=power_of_two(rows),
+        ROWS_BLOCK=max(256, power_of_two(rows)),  # one size, compiled once
         FP8=fp8,
         STAGES=config.num_stages,
         num_warps=config.num_warps,

@@ -497,7 +497,10 @@ def sample(
         )
     block = min(power_of_two(vocab), 1024)
     # The maximum is exact, so the number of programs may follow the batch.
-    splits = max(1, min(triton.cdiv(4 * num_sms(logits.device), rows), triton.cdiv(vocab, block), workspace.MAX_SPLITS))
+    # By the power of two of the rows: every other cut would be compiled anew.
+    splits = max(
+        1, min(triton.cdiv(4 * num_sms(logits.device), power_of_two(rows)), triton.cdiv(vocab, block), workspace.MAX_SPLITS)
+    )
     share = triton.cdiv(triton.cdiv(vocab, splits), block) * block
     splits = triton.cdiv(vocab, share)
     _draw_kernel[(rows, splits)](
