@@ -17,8 +17,9 @@ class ModelSpec:
         eos_token_ids: Tokens that end a sequence unless ``ignore_eos``.
         supports_overlap: ``submit`` returns before the step is done, and the next batch may hold ``LAST_SAMPLED``.
             Without it the engine waits for each step.
-        max_draft_tokens: Longest guess that a step verifies, 0: no speculation.
-        supports_structured_outputs: Whether rows can be held to a grammar.
+        max_draft_tokens: Most guesses that a row may hold, 0: no speculation.
+        supports_structured_outputs: Whether rows can be held to a grammar. Such a row never holds ``LAST_SAMPLED``: its next
+            step is submitted when its token is known.
     """
 
     name: str

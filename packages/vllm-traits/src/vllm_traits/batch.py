@@ -8,6 +8,11 @@ One row of a step, for a sequence with ``c = num_computed`` tokens in the KV cac
     positions        0 ........ c-1 | c ................ c+q-1 | c+q
                      in the cache   | token_ids of this row    | sampled, if ``sample[row]``
                                     | last num_draft are guesses
+
+Guesses are verified by sampling as if there were none: after each of the row's last ``num_draft + 1`` tokens a token is sampled
+with the noise of its position, and the row's output ends with the first one that differs from the guess in its place (or with the
+one after the last guess). So the tokens are those that steps of one token would have given, at any temperature; guesses only
+decide how many come at once.
 """
 
 from collections.abc import Mapping
@@ -33,7 +38,8 @@ class BatchState:
     """The rows of all running sequences, owned by the scheduler. Row ``s`` belongs to slot ``s``.
 
     Attributes:
-        token_ids: int32 ``[max_num_seqs, max_model_len]``, prompt and output known on the host.
+        token_ids: int32 ``[max_num_seqs, max_model_len]``, prompt and output known on the host; while a step with guesses is
+            submitted, the guesses of a row stand after its known tokens; what follows is undefined.
         num_tokens: int32 ``[max_num_seqs]``, how many of them are known.
         num_prompt_tokens: int32 ``[max_num_seqs]``.
         block_tables: int32 ``[max_num_seqs, max_blocks_per_seq]``; entries past ``num_blocks`` are undefined.
@@ -84,7 +90,8 @@ class Batch:
         num_computed: int32 ``[num_rows]``: tokens of the row that are in the KV cache already, so also the position of the
             row's first token.
         sample: bool ``[num_rows]``: whether a token is to be sampled after the row's last one.
-        num_draft: int32 ``[num_rows]``: how many of the row's last tokens are guesses to verify (0 without speculation).
+        num_draft: int32 ``[num_rows]``: how many of the row's last tokens are guesses to verify (0 without speculation), fewer
+            than the tokens that the row runs. Such a row samples, and none of its tokens is ``LAST_SAMPLED``.
         changed_slots: int32 ``[k]``: slots whose sequence or parameters are new since the batch before.
     """
 
@@ -132,8 +139,9 @@ class BatchOutput:
     """What a step gave.
 
     Attributes:
-        token_ids: int32 ``[num_rows, width]``: the accepted and sampled tokens of a row from the left, -1 after them; a row
-            with ``sample`` false is all -1. Width is 1 without speculation.
+        token_ids: int32 ``[num_rows, width]``: the accepted and sampled tokens of a row from the left, -1 after them: 1 to
+            ``num_draft + 1``; a row with ``sample`` false is all -1. Width is 1 without guesses, else at most one more than
+            the longest of them.
         logprobs: By row, one entry for each of its tokens; only rows that asked for them.
         prompt_logprobs: By row, one entry for each position ``p`` of the row's chunk that predicts a known prompt token
             ``p + 1``; only rows that asked for them.
