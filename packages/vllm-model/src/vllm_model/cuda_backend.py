@@ -169,7 +169,15 @@ class CudaBackend:
         self._seed = torch.zeros(rows, dtype=torch.int64, device=device)
         self._sent_blocks = np.zeros(rows, np.int32)
         self._needs_host = np.zeros(rows, np.bool_)
-        self._plan = DecodePlan(rows, config.num_heads, config.num_kv_heads, config.head_dim, device)
+        self._plan = DecodePlan(
+            rows,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            device,
+            max_blocks=state.max_blocks_per_seq,
+            block_size=state.block_size,
+        )
         self._workspace = SamplerWorkspace(rows, device)
         self._sizes = [*(size for size in GRAPH_SIZES if size < rows), rows]
         self._ring = [torch.zeros(rows, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
@@ -269,10 +277,10 @@ class CudaBackend:
         token_ids, positions, slots, seq_lens = ints[:, :size]
         block = triton.next_power_of_2(size)
         _begin_kernel[(1,)](staged, self._tables, self._last_token, token_ids, positions, slots, seq_lens, size, B=block)
-        self._plan.update(seq_lens, slots)
+        self._plan.update(seq_lens, slots, self._tables)
 
         def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
-            return paged_decode(q, self._cache.layers[layer], self._tables, slots, seq_lens, self._plan)
+            return paged_decode(q, self._cache.layers[layer], self._plan)
 
         hidden = self._layers(token_ids, positions, slots, attend, None)
         return self._draw(self._logits(hidden), slots, positions + 1, mode)
@@ -307,7 +315,7 @@ class CudaBackend:
             for single, (slots, starts, computed, ends), at in parts:
                 mine = q if at is None else q[at]
                 if single:
-                    done = paged_decode(mine, cache, self._tables, slots, ends, self._plan)
+                    done = paged_decode(mine, cache, self._plan)
                 else:
                     done = paged_prefill(mine, cache, self._tables, slots, starts, computed)
                 if at is None:
@@ -317,7 +325,7 @@ class CudaBackend:
 
         for single, (slots, _, _, ends), _ in parts:
             if single:
-                self._plan.update(ends, slots)
+                self._plan.update(ends, slots, self._tables)
         chosen = batch.query_start[1:] - 1 if wanted is None else wanted
         keep = self._to_device(chosen, np.int64)
         return self._logits(self._layers(token_ids, positions_, token_slots, attend, keep))

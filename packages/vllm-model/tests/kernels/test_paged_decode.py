@@ -29,15 +29,31 @@ def run(
     paged = make_paged(lengths, kv_heads, head_dim, dtype, fp8=fp8, padding=padding)
     q = torch.randn(len(lengths) * queries, heads, head_dim, device=device).to(dtype)
     lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    plan = DecodePlan(len(lengths) + 3, heads, kv_heads, head_dim, device, queries, config)
+    plan = DecodePlan(
+        len(lengths) + 3,
+        heads,
+        kv_heads,
+        head_dim,
+        device,
+        max_blocks=paged.tables.shape[1],
+        max_queries=queries,
+        config=config,
+    )
     plan.parts.fill_(float("nan"))
     plan.stats.fill_(float("nan"))
     expected = paged_decode_reference(q.double(), paged.exact, paged.tables, paged.slots, lens)
     for _ in range(2):  # the second run finds the counters as the first left them
         out = torch.full_like(q, float("nan"))
-        plan.update(lens, paged.slots)
+        plan.update(lens, paged.slots, paged.tables)
         paged_decode(
-            q, paged.cache, paged.tables, paged.slots, lens, plan, k_scale=paged.k_scale, v_scale=paged.v_scale, out=out
+            q,
+            paged.cache,
+            plan,
+            queries=queries,
+            first_positions=lens - queries,
+            k_scale=paged.k_scale,
+            v_scale=paged.v_scale,
+            out=out,
         )
         check(out, expected, 1e-2)
         assert not plan.counts.any()
@@ -65,19 +81,18 @@ def test_several_queries(make_paged: Make, device: str, check: Check) -> None:
 
 
 def test_no_rows(device: str) -> None:
-    plan = DecodePlan(2, 2, 1, 32, device)
+    plan = DecodePlan(2, 2, 1, 32, device, max_blocks=1)
     q = torch.empty(0, 2, 32, dtype=torch.bfloat16, device=device)
-    none = torch.empty(0, dtype=torch.int32, device=device)
     cache = torch.empty(1, 1, 2, 16, 32, dtype=torch.bfloat16, device=device)
-    assert paged_decode(q, cache, none[None], none, none, plan).shape == q.shape
+    assert paged_decode(q, cache, plan).shape == q.shape
 
 
 def test_the_plan_is_checked(device: str) -> None:
     with pytest.raises(ValueError, match="no decode attention"):
-        DecodePlan(1, 3, 2, 64, device)
+        DecodePlan(1, 3, 2, 64, device, max_blocks=1)
     lens = torch.ones(2, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="2 rows in a plan for 1"):
-        DecodePlan(1, 2, 1, 64, device).update(lens, lens)
+        DecodePlan(1, 2, 1, 64, device, max_blocks=1).update(lens, lens, lens[None])
 
 
 @pytest.mark.gpu
@@ -111,12 +126,12 @@ def test_a_graph_follows_the_lengths(make_paged: Make, device: str, check: Check
     paged = make_paged(lengths, 8, 128, torch.bfloat16)
     q = torch.randn(3, 16, 128, device=device).bfloat16()
     lens = torch.ones(3, dtype=torch.int32, device=device)
-    plan = DecodePlan(3, 16, 8, 128, device)
+    plan = DecodePlan(3, 16, 8, 128, device, max_blocks=paged.tables.shape[1])
     out = torch.empty_like(q)
 
     def step() -> None:
-        plan.update(lens, paged.slots)
-        paged_decode(q, paged.cache, paged.tables, paged.slots, lens, plan, out=out)
+        plan.update(lens, paged.slots, paged.tables)
+        paged_decode(q, paged.cache, plan, out=out)
 
     step()
     graph = torch.cuda.CUDAGraph()

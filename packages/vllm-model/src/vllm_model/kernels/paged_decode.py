@@ -13,6 +13,7 @@ the workspace, and the program that comes last adds the parts up in their order,
 The plan of a step is made once on the device, from lengths that the host does not know, and serves all layers.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,20 +23,28 @@ import triton.language as tl
 from vllm_model.kernels._launch import launch_options, num_sms, power_of_two, wait_for_previous
 from vllm_model.kernels.qk_norm_rope import gather_cache_reference
 
-PLAN_FIELDS = 8
-"""int32 of one program's plan: row, KV head, tile within the pair, tiles to do, place in the line, length of the line."""
+PLAN_FIELDS = 16
+"""int32 of one program's plan: its run of the line (begin, end), the row, head and tile of its begin, the row and head of its
+last tile, tiles of one head, length of the line."""
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _plan_kernel(
     lens_ptr,  # [rows]
     slots_ptr,  # [rows]
-    plan_ptr,  # [PROGRAMS, 8]
+    tables_ptr,  # [max_slots, max_blocks]
+    plan_ptr,  # [PROGRAMS, 16]
+    starts_ptr,  # [rows + 1]
+    entries_ptr,  # [tiles * (TILE // UNIT)]
+    tables_stride,
     rows,
     KV_HEADS: tl.constexpr,
     TILE: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     PROGRAMS: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
+    ENTRIES_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -47,21 +56,106 @@ def _plan_kernel(
     # An empty row has one tile with nothing in it, which writes its zeros.
     tiles = tl.where(row < rows, tl.maximum((length + TILE - 1) // TILE, 1), 0)
     upto = tl.cumsum(tiles, axis=0)
-    total = tl.sum(tiles, axis=0).to(tl.int64) * KV_HEADS
+    each = tl.sum(tiles, axis=0)  # tiles of one head
+    total = each.to(tl.int64) * KV_HEADS
     # No program between two parts of a pair may be empty: of more programs than tiles, the last ones rest.
     busy = tl.minimum(total, PROGRAMS)
-    begin = tl.minimum(program, busy) * total // busy
-    end = tl.minimum(program + 1, busy) * total // busy
-    first_row = tl.sum((upto.to(tl.int64) * KV_HEADS <= begin).to(tl.int32), axis=0)
-    tiles_before = tl.sum(tl.where(row < first_row, tiles, 0), axis=0)
-    row_tiles = tl.maximum(tl.sum(tl.where(row == first_row, tiles, 0), axis=0), 1)
-    inside = (begin - tiles_before.to(tl.int64) * KV_HEADS).to(tl.int32)
-    tl.store(plan_ptr + program * 8, first_row)
-    tl.store(plan_ptr + program * 8 + 1, inside // row_tiles)
-    tl.store(plan_ptr + program * 8 + 2, inside % row_tiles)
-    tl.store(plan_ptr + program * 8 + 3, (end - begin).to(tl.int32))
-    tl.store(plan_ptr + program * 8 + 4, begin.to(tl.int32))
-    tl.store(plan_ptr + program * 8 + 5, total.to(tl.int32))
+    begin = (tl.minimum(program, busy) * total // busy).to(tl.int32)
+    end = (tl.minimum(program + 1, busy) * total // busy).to(tl.int32)
+    first = begin % each
+    first_row = tl.sum((upto <= first).to(tl.int32), axis=0)
+    last = tl.maximum(end - 1, 0)
+    field = tl.arange(0, 16)
+    value = tl.where(field == 0, begin, tl.where(field == 1, end, first_row))
+    value = tl.where(field == 3, begin // each, value)
+    value = tl.where(field == 4, first - tl.sum(tl.where(row < first_row, tiles, 0), axis=0), value)
+    value = tl.where(field == 5, tl.sum((upto <= last % each).to(tl.int32), axis=0), value)
+    value = tl.where(field == 6, last // each, value)
+    value = tl.where(field == 7, each, value)
+    value = tl.where(field == 8, total.to(tl.int32), value)
+    tl.store(plan_ptr + program * 16 + field, value)
+    if program == 0:
+        tl.store(starts_ptr, 0)
+        tl.store(starts_ptr + 1 + row, upto, mask=row < rows)
+    per_tile: tl.constexpr = TILE // UNIT
+    per_block: tl.constexpr = BLOCK_SIZE // UNIT
+    for mine in range(program, rows, PROGRAMS):
+        my_slot = tl.load(slots_ptr + mine).to(tl.int64)
+        my_length = tl.where(my_slot >= 0, tl.load(lens_ptr + mine), 0)
+        my_first = tl.sum(tl.where(row < mine, tiles, 0), axis=0) * per_tile
+        units = tl.maximum((my_length + TILE - 1) // TILE, 1) * per_tile
+        for start in range(0, units, ENTRIES_BLOCK):
+            unit = start + tl.arange(0, ENTRIES_BLOCK)
+            count = tl.minimum(tl.maximum(my_length - unit * UNIT, 0), UNIT)
+            block = tl.load(tables_ptr + my_slot * tables_stride + unit // per_block, mask=count > 0, other=0)
+            place = block * per_block + unit % per_block
+            tl.store(entries_ptr + my_first + unit, (place << 8) | count, mask=unit < units)
+
+
+@triton.jit
+def _merge(
+    row,
+    head,
+    begin,
+    end,
+    program,
+    starts_ptr,
+    out_ptr,
+    part_ptr,
+    stats_ptr,
+    count_ptr,
+    v_scale_ptr,
+    total,
+    each,
+    q_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    FP8: tl.constexpr,
+):
+    """If a pair is cut between programs: count this program's part, and who comes last adds the parts up."""
+    start = tl.load(starts_ptr + row)
+    tiles = tl.load(starts_ptr + row + 1) - start
+    place = head * each + start
+    if (place < begin) | (place + tiles > end):
+        m = tl.arange(0, M)
+        d = tl.arange(0, D_BLOCK)
+        busy = tl.minimum(total, PROGRAMS).to(tl.int64)
+        first = (((place.to(tl.int64) + 1) * busy - 1) // total).to(tl.int32)
+        last = (((place.to(tl.int64) + tiles) * busy - 1) // total).to(tl.int32)
+        tl.debug_barrier()  # every thread's part is written before one thread counts it
+        arrived = tl.atomic_add(count_ptr + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
+        if arrived == last - first:
+            tl.store(count_ptr + row * KV_HEADS + head, 0)
+            m_mask = m < QUERIES * GROUP
+            part_io = m[:, None] * D_BLOCK + d[None, :]
+            highest = tl.full([M], -1.0e30, tl.float32)
+            denominator = tl.zeros([M], tl.float32)
+            acc = tl.zeros([M, D_BLOCK], tl.float32)
+            for other in range(first, last + 1):
+                index = other * 2 + tl.where(other == first, 1, 0)
+                # Past the first-level cache: another multiprocessor wrote this during this launch.
+                its_highest = tl.load(stats_ptr + index * (2 * M) + m, cache_modifier=".cg")
+                its_sum = tl.load(stats_ptr + index * (2 * M) + M + m, cache_modifier=".cg")
+                values = tl.load(
+                    part_ptr + index * (M * D_BLOCK) + part_io, mask=m_mask[:, None], other=0.0, cache_modifier=".cg"
+                )
+                new_highest = tl.maximum(highest, its_highest)
+                shrink = tl.exp2(highest - new_highest)
+                its_shrink = tl.exp2(its_highest - new_highest)
+                denominator = denominator * shrink + its_sum * its_shrink
+                acc = acc * shrink[:, None] + values * its_shrink[:, None]
+                highest = new_highest
+            result = acc / tl.where(denominator > 0.0, denominator, 1.0)[:, None]
+            if FP8:
+                result *= tl.load(v_scale_ptr + head)
+            where = (row * QUERIES + m // GROUP).to(tl.int64)[:, None] * q_stride + d[None, :]
+            where += ((head * GROUP + m % GROUP) * HEAD_DIM)[:, None]
+            tl.store(out_ptr + where, result.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & (d < HEAD_DIM)[None, :])
 
 
 @triton.jit
@@ -69,16 +163,15 @@ def _decode_kernel(
     q_ptr,  # [rows * QUERIES, KV_HEADS * GROUP, HEAD_DIM]
     out_ptr,  # like q
     cache_ptr,  # [num_blocks, KV_HEADS, 2, BLOCK_SIZE, HEAD_DIM]
-    tables_ptr,  # [max_slots, max_blocks]
-    slots_ptr,  # [rows]
-    lens_ptr,  # [rows]
-    plan_ptr,  # [PROGRAMS, 8]
+    first_ptr,  # [rows]: position of the row's first query, for QUERIES > 1
+    plan_ptr,  # [PROGRAMS, 16]
+    starts_ptr,  # [rows + 1]
+    entries_ptr,  # [tiles * (TILE // UNIT)]
     part_ptr,  # float32 [PROGRAMS, 2, M, D_BLOCK]
     stats_ptr,  # float32 [PROGRAMS, 2, 2, M]: maximum, sum
     count_ptr,  # int32 [rows * KV_HEADS], zero between launches
     k_scale_ptr,  # float32 [KV_HEADS]
     v_scale_ptr,
-    tables_stride,
     block_stride,
     q_stride,
     softmax_scale,  # times log2(e)
@@ -90,124 +183,140 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     M: tl.constexpr,
     TILE: tl.constexpr,
+    UNIT: tl.constexpr,
     PROGRAMS: tl.constexpr,
     STAGES: tl.constexpr,
     FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
-    row = tl.load(plan_ptr + program * 8)
-    head = tl.load(plan_ptr + program * 8 + 1)
-    tile = tl.load(plan_ptr + program * 8 + 2)
-    remaining = tl.load(plan_ptr + program * 8 + 3)
-    place = tl.load(plan_ptr + program * 8 + 4)
-    total = tl.load(plan_ptr + program * 8 + 5).to(tl.int64)
-    wait_for_previous(PDL)
+    begin = tl.load(plan_ptr + program * 16)
+    end = tl.load(plan_ptr + program * 16 + 1)
+    row = tl.load(plan_ptr + program * 16 + 2)
+    head = tl.load(plan_ptr + program * 16 + 3)
+    tile = tl.load(plan_ptr + program * 16 + 4)
+    last_row = tl.load(plan_ptr + program * 16 + 5)
+    last_head = tl.load(plan_ptr + program * 16 + 6)
+    each = tl.load(plan_ptr + program * 16 + 7)
+    total = tl.load(plan_ptr + program * 16 + 8)
+    first_row = row
+    first_head = head
 
     m = tl.arange(0, M)  # (query token, head of the group), padded for the matrix unit
-    query = m // GROUP
     m_mask = m < QUERIES * GROUP
     d = tl.arange(0, D_BLOCK)
-    d_mask = d < HEAD_DIM
     n = tl.arange(0, TILE)
-    io_mask = m_mask[:, None] & d_mask[None, :]
+    io_mask = m_mask[:, None] & (d < HEAD_DIM)[None, :]
+    part_io = m[:, None] * D_BLOCK + d[None, :]
+    io = (m // GROUP).to(tl.int64)[:, None] * q_stride + ((m % GROUP) * HEAD_DIM)[:, None] + d[None, :]
+    per_tile: tl.constexpr = TILE // UNIT
+    per_block: tl.constexpr = BLOCK_SIZE // UNIT
+    wait_for_previous(PDL)
 
-    while remaining > 0:
-        slot = tl.load(slots_ptr + row).to(tl.int64)
-        length = tl.where(slot >= 0, tl.load(lens_ptr + row), 0)
-        table_ptr = tables_ptr + tl.maximum(slot, 0) * tables_stride
-        tiles = tl.maximum((length + TILE - 1) // TILE, 1)
-        todo = tl.minimum(tiles - tile, remaining)
-        scale = softmax_scale
-        if FP8:
-            scale *= tl.load(k_scale_ptr + head)
-        io = (
-            (row * QUERIES + query).to(tl.int64)[:, None] * q_stride
-            + ((head * GROUP + m % GROUP) * HEAD_DIM)[:, None]
-            + d[None, :]
-        )
-        q = tl.load(q_ptr + io, mask=io_mask, other=0.0)
-        last_key = length - QUERIES + query  # [M]: the causal bound of each query
+    if begin < end:
+        tiles = tl.load(starts_ptr + row + 1) - tl.load(starts_ptr + row)
+        left = tl.minimum(tiles - tile, end - begin)
+        whole = (tile == 0) & (left == tiles)
+        starts_here = tile == 0
+        base = row.to(tl.int64) * (QUERIES * q_stride) + head * (GROUP * HEAD_DIM)
+        q = tl.load(q_ptr + base + io, mask=io_mask, other=0.0)
+        bound = tl.zeros([M], tl.int32)
+        if QUERIES > 1:
+            bound = tl.load(first_ptr + row) + m // GROUP  # the last key of each query
         highest = tl.full([M], -1.0e30, tl.float32)  # finite, so that a row that saw nothing yet subtracts to 0, not NaN
         denominator = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D_BLOCK], tl.float32)
-        head_ptr = cache_ptr + head * (2 * BLOCK_SIZE * HEAD_DIM)
-        for t in tl.range(tile, tile + todo, num_stages=STAGES):
-            key = t * TILE + n
-            n_mask = key < length
-            page = tl.load(table_ptr + key // BLOCK_SIZE, mask=n_mask, other=0).to(tl.int64)
-            offset = page * block_stride + (key % BLOCK_SIZE) * HEAD_DIM
-            kv_ptr = head_ptr + offset[:, None] + d[None, :]
+        # One loop over tiles of all pairs, so that loads of the next pair are under way while one ends.
+        for at in tl.range(begin, end, num_stages=STAGES):
+            its_head = at // each
+            entry = tl.load(entries_ptr + (at - its_head * each) * per_tile + n // UNIT)
+            place = entry >> 8
+            seen = (n % UNIT) < (entry & 255)
+            offset = (place // per_block).to(tl.int64) * block_stride + its_head * (2 * BLOCK_SIZE * HEAD_DIM)
+            offset += (place % per_block * UNIT + n % UNIT) * HEAD_DIM
+            kv_ptr = cache_ptr + offset[:, None] + d[None, :]
             if HEAD_DIM == D_BLOCK:  # noqa: SIM108  Triton takes no conditional expression here
-                kv_mask = n_mask[:, None]
+                kv_mask = seen[:, None]
             else:
-                kv_mask = n_mask[:, None] & d_mask[None, :]
+                kv_mask = seen[:, None] & (d < HEAD_DIM)[None, :]
             k = tl.load(kv_ptr, mask=kv_mask, other=0.0)  # [TILE, D_BLOCK]
             v = tl.load(kv_ptr + BLOCK_SIZE * HEAD_DIM, mask=kv_mask, other=0.0)
             if FP8:
                 k = k.to(q_ptr.dtype.element_ty)
                 v = v.to(q_ptr.dtype.element_ty)
+            scale = softmax_scale
+            if FP8:
+                scale *= tl.load(k_scale_ptr + head)
             scores = tl.dot(q, tl.trans(k)) * scale  # [M, TILE]
             if QUERIES == 1:
-                scores = tl.where(n_mask[None, :], scores, float("-inf"))
+                scores = tl.where(seen[None, :], scores, float("-inf"))
             else:
-                scores = tl.where(key[None, :] <= last_key[:, None], scores, float("-inf"))
+                scores = tl.where(seen[None, :] & ((tile * TILE + n)[None, :] <= bound[:, None]), scores, float("-inf"))
             new_highest = tl.maximum(highest, tl.max(scores, axis=1))
             weight = tl.exp2(scores - new_highest[:, None])
             shrink = tl.exp2(highest - new_highest)
             denominator = denominator * shrink + tl.sum(weight, axis=1)
             acc = tl.dot(weight.to(q_ptr.dtype.element_ty), v, acc * shrink[:, None])
             highest = new_highest
-
-        if todo == tiles:
-            result = acc / tl.where(denominator > 0.0, denominator, 1.0)[:, None]
-            if FP8:
-                result *= tl.load(v_scale_ptr + head)
-            tl.store(out_ptr + io, result.to(out_ptr.dtype.element_ty), mask=io_mask)
-        else:
-            # A program holds at most one part without the pair's beginning (0) and one with it, but not its end (1).
-            part = program * 2 + (tile == 0).to(tl.int32)
-            part_io = m[:, None] * D_BLOCK + d[None, :]
-            tl.store(part_ptr + part.to(tl.int64) * (M * D_BLOCK) + part_io, acc, mask=m_mask[:, None])
-            tl.store(stats_ptr + part * (2 * M) + m, highest)
-            tl.store(stats_ptr + part * (2 * M) + M + m, denominator)
-            pair_begin = place.to(tl.int64) - tile
-            busy = tl.minimum(total, PROGRAMS)
-            first = ((pair_begin + 1) * busy - 1) // total
-            last = ((pair_begin + tiles) * busy - 1) // total
-            tl.debug_barrier()  # every thread's part is written before one thread counts it
-            arrived = tl.atomic_add(count_ptr + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
-            if arrived == (last - first).to(tl.int32):
-                tl.store(count_ptr + row * KV_HEADS + head, 0)
-                highest = tl.full([M], -1.0e30, tl.float32)
-                denominator = tl.zeros([M], tl.float32)
-                acc = tl.zeros([M, D_BLOCK], tl.float32)
-                for other in range(first, last + 1):
-                    index = other * 2 + tl.where(other == first, 1, 0)
-                    # Past the first-level cache: another multiprocessor wrote this during this launch.
-                    its_highest = tl.load(stats_ptr + index * (2 * M) + m, cache_modifier=".cg")
-                    its_sum = tl.load(stats_ptr + index * (2 * M) + M + m, cache_modifier=".cg")
-                    values = tl.load(
-                        part_ptr + index * (M * D_BLOCK) + part_io, mask=m_mask[:, None], other=0.0, cache_modifier=".cg"
-                    )
-                    new_highest = tl.maximum(highest, its_highest)
-                    shrink = tl.exp2(highest - new_highest)
-                    its_shrink = tl.exp2(its_highest - new_highest)
-                    denominator = denominator * shrink + its_sum * its_shrink
-                    acc = acc * shrink[:, None] + values * its_shrink[:, None]
-                    highest = new_highest
-                result = acc / tl.where(denominator > 0.0, denominator, 1.0)[:, None]
-                if FP8:
-                    result *= tl.load(v_scale_ptr + head)
-                tl.store(out_ptr + io, result.to(out_ptr.dtype.element_ty), mask=io_mask)
-
-        remaining -= todo
-        place += todo
-        tile = 0
-        head += 1
-        if head == KV_HEADS:
-            head = 0
-            row += 1
+            tile += 1
+            left -= 1
+            if left == 0:
+                if whole:
+                    result = acc / tl.where(denominator > 0.0, denominator, 1.0)[:, None]
+                    if FP8:
+                        result *= tl.load(v_scale_ptr + head)
+                    tl.store(out_ptr + base + io, result.to(out_ptr.dtype.element_ty), mask=io_mask)
+                else:
+                    # A program holds at most one part without the pair's beginning (0) and one with it, but not its end (1).
+                    part = program * 2 + starts_here.to(tl.int32)
+                    tl.store(part_ptr + part.to(tl.int64) * (M * D_BLOCK) + part_io, acc, mask=m_mask[:, None])
+                    tl.store(stats_ptr + part * (2 * M) + m, highest)
+                    tl.store(stats_ptr + part * (2 * M) + M + m, denominator)
+                if at + 1 < end:
+                    row += 1
+                    if (head + 1) * each == at + 1:
+                        head += 1
+                        row = 0
+                    tile = 0
+                    tiles = tl.load(starts_ptr + row + 1) - tl.load(starts_ptr + row)
+                    left = tl.minimum(tiles, end - at - 1)
+                    whole = left == tiles
+                    starts_here = True
+                    base = row.to(tl.int64) * (QUERIES * q_stride) + head * (GROUP * HEAD_DIM)
+                    q = tl.load(q_ptr + base + io, mask=io_mask, other=0.0)
+                    if QUERIES > 1:
+                        bound = tl.load(first_ptr + row) + m // GROUP
+                    highest = tl.full([M], -1.0e30, tl.float32)
+                    denominator = tl.zeros([M], tl.float32)
+                    acc = tl.zeros([M, D_BLOCK], tl.float32)
+        for which in tl.static_range(2):
+            its_row = first_row if which == 0 else last_row
+            its_head = first_head if which == 0 else last_head
+            if (which == 0) | (first_row != last_row) | (first_head != last_head):
+                _merge(
+                    its_row,
+                    its_head,
+                    begin,
+                    end,
+                    program,
+                    starts_ptr,
+                    out_ptr,
+                    part_ptr,
+                    stats_ptr,
+                    count_ptr,
+                    v_scale_ptr,
+                    total,
+                    each,
+                    q_stride,
+                    KV_HEADS,
+                    GROUP,
+                    QUERIES,
+                    HEAD_DIM,
+                    D_BLOCK,
+                    M,
+                    PROGRAMS,
+                    FP8,
+                )
 
 
 @dataclass(frozen=True)
@@ -244,6 +353,8 @@ class DecodePlan:
         num_kv_heads: KV heads; ``num_heads`` is a multiple.
         head_dim: 1 to 256.
         device: Where the cache is.
+        max_blocks: Most blocks of a sequence, the width of the block tables.
+        block_size: Tokens of a block.
         max_queries: Most query tokens per sequence (speculation), ``max_queries * group <= 128``.
         config: Launch shape; chosen from the head size when None.
     """
@@ -255,6 +366,9 @@ class DecodePlan:
         num_kv_heads: int,
         head_dim: int,
         device: torch.device | str,
+        *,
+        max_blocks: int,
+        block_size: int = 16,
         max_queries: int = 1,
         config: DecodeConfig | None = None,
     ) -> None:
@@ -267,17 +381,23 @@ class DecodePlan:
         self.config = config or default_decode_config(head_dim)
         self.programs = num_sms(self.device) * self.config.programs_per_sm
         rows = max(16, power_of_two(max_queries * self.group))
+        self.unit = math.gcd(block_size, self.config.tile)
+        self.block_size, self.max_blocks = block_size, max_blocks
+        tiles = max(1, -(-max_blocks * block_size // self.config.tile))
+        self.entries = torch.zeros(max_rows * tiles * (self.config.tile // self.unit), dtype=torch.int32, device=self.device)
+        self.starts = torch.zeros(max_rows + 1, dtype=torch.int32, device=self.device)
         self.plan = torch.zeros(self.programs, PLAN_FIELDS, dtype=torch.int32, device=self.device)
         self.parts = torch.empty(self.programs, 2, rows, power_of_two(head_dim), dtype=torch.float32, device=self.device)
         self.stats = torch.empty(self.programs, 2, 2, rows, dtype=torch.float32, device=self.device)
         self.counts = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=self.device)
 
-    def update(self, seq_lens: torch.Tensor, slots: torch.Tensor, *, pdl: bool = False) -> None:
+    def update(self, seq_lens: torch.Tensor, slots: torch.Tensor, block_tables: torch.Tensor, *, pdl: bool = False) -> None:
         """Cut the step's work: once a step, before the first layer.
 
         Args:
             seq_lens: int32 ``[rows]``, keys of each row with this step's own; on the device, read there.
             slots: int32 ``[rows]``; -1: padding, as if its length were 0.
+            block_tables: int32 ``[max_slots, max_blocks]``.
             pdl: Programmatic dependent launch.
 
         Raises:
@@ -289,12 +409,19 @@ class DecodePlan:
         _plan_kernel[(self.programs,)](
             seq_lens,
             slots,
+            block_tables,
             self.plan,
+            self.starts,
+            self.entries,
+            block_tables.stride(0),
             rows,
             KV_HEADS=self.num_kv_heads,
             TILE=self.config.tile,
+            UNIT=self.unit,
+            BLOCK_SIZE=self.block_size,
             PROGRAMS=self.programs,
             ROWS_BLOCK=power_of_two(self.max_rows),
+            ENTRIES_BLOCK=256,
             PDL=pdl,
             num_warps=1 if self.max_rows <= 64 else 4,
             **launch_options(pdl),
@@ -304,27 +431,26 @@ class DecodePlan:
 def paged_decode(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    seq_lens: torch.Tensor,
     plan: DecodePlan,
     *,
+    queries: int = 1,
+    first_positions: torch.Tensor | None = None,
     scale: float | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """Attention of each row's newest tokens over its whole sequence. ``plan.update`` must have seen the same rows.
+    """Attention of each row's newest tokens over its whole sequence. ``plan.update`` must have seen these rows.
 
     Args:
-        q: ``[rows * queries, num_heads, head_dim]`` bf16 or fp16, contiguous heads: the last ``queries`` tokens of every row.
+        q: ``[rows * queries, num_heads, head_dim]`` bf16 or fp16, contiguous heads: ``queries`` tokens of every row.
         kv_cache: ``[num_blocks, num_kv_heads, 2, block_size, head_dim]``, each block contiguous; the type of ``q`` or e4m3.
             Holds this step's keys and values already.
-        block_tables: int32 ``[max_slots, max_blocks]``.
-        slots: int32 ``[rows]``.
-        seq_lens: int32 ``[rows]``, keys of a row; query ``j`` of ``queries`` sees the first ``seq_len - queries + j + 1``.
         plan: The cut of this step.
+        queries: Query tokens of each row.
+        first_positions: int32 ``[rows]``, for more than one query: query ``j`` of a row sees the keys up to position
+            ``first + j``, as far as the row has them.
         scale: Of the products; ``head_dim ** -0.5`` when None.
         k_scale: float32 ``[num_kv_heads]``, for an e4m3 cache.
         v_scale: float32 ``[num_kv_heads]``, likewise.
@@ -337,20 +463,19 @@ def paged_decode(
     Raises:
         ValueError: Shapes disagree with the plan, or scales are missing for an e4m3 cache.
     """
-    rows = len(seq_lens)
+    rows = len(q) // queries
     fp8 = kv_cache.dtype == torch.float8_e4m3fn
-    queries = len(q) // max(rows, 1)
     head_dim = q.shape[2]
-    block_size = kv_cache.shape[3]
     if (
         rows > plan.max_rows
         or len(q) != rows * queries
         or queries > plan.max_queries
+        or (queries > 1 and first_positions is None)
         or tuple(q.shape[1:]) != (plan.num_heads, plan.head_dim)
-        or kv_cache.shape[1] != plan.num_kv_heads
+        or (kv_cache.shape[1], kv_cache.shape[3]) != (plan.num_kv_heads, plan.block_size)
         or q.stride(1) != head_dim
     ):
-        raise ValueError(f"q {tuple(q.shape)} of {rows} rows does not fit the plan")
+        raise ValueError(f"q {tuple(q.shape)} with {queries} queries a row does not fit the plan")
     if fp8 and (k_scale is None or v_scale is None):
         raise ValueError("an e4m3 cache needs k_scale and v_scale")
     if out is None:
@@ -362,16 +487,15 @@ def paged_decode(
         q,
         out,
         kv_cache,
-        block_tables,
-        slots,
-        seq_lens,
+        first_positions,
         plan.plan,
+        plan.starts,
+        plan.entries,
         plan.parts,
         plan.stats,
         plan.counts,
         k_scale,
         v_scale,
-        block_tables.stride(0),
         kv_cache.stride(0),
         q.stride(0),
         (head_dim**-0.5 if scale is None else scale) * 1.4426950408889634,
@@ -380,9 +504,10 @@ def paged_decode(
         QUERIES=queries,
         HEAD_DIM=head_dim,
         D_BLOCK=power_of_two(head_dim),
-        BLOCK_SIZE=block_size,
+        BLOCK_SIZE=plan.block_size,
         M=max(16, power_of_two(queries * plan.group)),
         TILE=config.tile,
+        UNIT=plan.unit,
         PROGRAMS=plan.programs,
         STAGES=config.num_stages,
         FP8=fp8,

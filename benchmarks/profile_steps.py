@@ -1,0 +1,99 @@
+"""Where the time of a step goes: wall and host time of decode steps, and their kernels.
+
+    python benchmarks/profile_steps.py MODEL_FOLDER [rows:context ...]
+
+Weights are random. For each case: microseconds of a step by the clock, of schedule, submit, wait and commit on the host, the sum
+of its kernels on the device, and the kernels by total time.
+"""
+
+import sys
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from vllm_core import SamplingParams
+from vllm_model import LLM
+
+STEPS = 50
+
+
+class Clock:
+    """Adds up the time that calls of one method take."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.total, self._call = 0.0, getattr(owner, name)
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return self._call(*args)
+        finally:
+            self.total += time.perf_counter() - start
+
+
+def steps(llm: LLM, count: int) -> float:
+    """Seconds of a step."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        llm.engine.step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def case(llm: LLM, clocks: dict[str, Clock], rows: int, context: int) -> None:
+    """One load of equal sequences, decoding."""
+    engine = llm.engine
+    for row in range(rows):
+        prompt = [(row * 7919 + i * 31 + context) % 100000 for i in range(context)]
+        engine.add_request(f"{rows}-{context}-{row}", prompt, SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=400))
+    while engine.scheduler.num_waiting or (engine.scheduler.state.num_tokens[[s.slot for s in engine.scheduler.running]] <= context).any():
+        engine.step()
+    steps(llm, 10)
+    for clock in clocks.values():
+        clock.total = 0.0
+    wall = steps(llm, STEPS)
+    host = {name: clock.total / STEPS * 1e6 for name, clock in clocks.items()}
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        steps(llm, 5)
+    kernels: dict[str, list[float]] = defaultdict(list)
+    spans = []
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels[event.name].append(event.time_range.elapsed_us())
+            spans.append((event.time_range.start, event.time_range.end))
+    busy = sum(map(sum, kernels.values())) / 5
+    print(f"\n== {rows} rows, {context} tokens: step {wall * 1e6:.0f} us, kernels {busy:.0f} us, {len(spans) / 5:.0f} a step")
+    print("   host:", ", ".join(f"{name} {us:.0f}" for name, us in host.items()))
+    for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:16]:
+        print(f"   {sum(times) / 5:8.1f} us  {len(times) / 5:6.1f} x {sum(times) / len(times):7.2f}  {name[:100]}")
+    for row in range(rows):
+        engine.abort(f"{rows}-{context}-{row}")
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
+def main() -> None:
+    """Run the cases of the command line."""
+    start = time.perf_counter()
+    llm = LLM(sys.argv[1], load_format="dummy", max_model_len=8192, gpu_memory_utilization=0.8, skip_tokenizer_init=True)
+    print(f"load {time.perf_counter() - start:.1f} s")
+    engine = llm.engine
+    clocks = {
+        "schedule": Clock(engine.scheduler, "schedule"),
+        "submit": Clock(engine.target_model, "submit"),
+        "commit (with the wait)": Clock(engine, "_commit"),
+        "commit": Clock(engine.scheduler, "commit"),
+        "record": Clock(engine, "_record"),
+    }
+    for each in sys.argv[2:] or ["1:256", "64:640", "256:600"]:
+        rows, context = each.split(":")
+        case(llm, clocks, int(rows), int(context))
+
+
+if __name__ == "__main__":
+    main()
