@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_traits.backend import KvCacheBudget, ModelSpec, StepHandle
-from vllm_traits.batch import LAST_SAMPLED, Batch, BatchOutput, BatchState, TokenLogprobs
+from vllm_traits.batch import LAST_SAMPLED, Batch, BatchOutput, BatchState, IntArray, LongArray, TokenLogprobs
 from vllm_traits.errors import BackendError
 
 _MASK = (1 << 63) - 1
@@ -43,6 +43,14 @@ def expected_tokens(
     return output
 
 
+def fast_tokens(seeds: LongArray, positions: LongArray, vocab_size: int) -> IntArray:
+    """The tokens of a backend that keeps no KV (``keep_kv=False``): a hash of seed and position, int32 in their common shape."""
+    x = seeds.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(29)
+    x *= np.uint64(0x94D049BB133111EB)
+    return ((x >> np.uint64(32)) % np.uint64(vocab_size)).astype(np.int32)
+
+
 @dataclass(slots=True)
 class _Handle:
     """A step whose tokens may be held back until somebody asks (or a test releases them)."""
@@ -69,6 +77,9 @@ class FakeBackend:
         num_blocks: What ``kv_cache_budget`` reports.
         on_submit: Called with each batch before it runs; raise a ``BackendError`` from it to fail ``submit``.
         fail_result: Called with each batch; an exception that it returns is raised by ``result``.
+        keep_kv: False: no cache and no checks, a step is a few array operations and its tokens are :func:`fast_tokens`, so that
+            what is measured around it is the engine.
+        max_draft_tokens: As in :class:`~vllm_traits.ModelSpec`; guesses need ``keep_kv=False`` for now.
     """
 
     vocab_size: int = 256
@@ -78,6 +89,8 @@ class FakeBackend:
     num_blocks: int = 1024
     on_submit: Callable[[Batch], None] | None = None
     fail_result: Callable[[Batch], Exception | None] | None = None
+    keep_kv: bool = True
+    max_draft_tokens: int = 0
     num_steps: int = field(default=0, init=False)
     closed: bool = field(default=False, init=False)
 
@@ -89,12 +102,15 @@ class FakeBackend:
             max_model_len=self.max_model_len,
             eos_token_ids=self.eos_token_ids,
             supports_overlap=self.supports_overlap,
+            max_draft_tokens=self.max_draft_tokens,
         )
 
     def kv_cache_budget(self, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> KvCacheBudget:
         return KvCacheBudget(available_bytes=self.num_blocks * block_size * 16, bytes_per_block=block_size * 16)
 
     def initialize(self, state: BatchState, *, num_blocks: int, max_num_batched_tokens: int) -> None:
+        if not self.keep_kv:
+            return
         self._tags = np.full((num_blocks, state.block_size), -1, np.int64)
         self._tokens = np.full((num_blocks, state.block_size), -1, np.int64)
         self._last_sampled = np.full(state.max_num_seqs, -1, np.int64)
@@ -103,7 +119,7 @@ class FakeBackend:
         if self.on_submit is not None:
             self.on_submit(batch)
         self.num_steps += 1
-        output = self._run(batch)
+        output = self._run(batch) if self.keep_kv else self._run_fast(batch)
         error = self.fail_result(batch) if self.fail_result is not None else None
         return _Handle(output, error)
 
@@ -143,6 +159,21 @@ class FakeBackend:
                 if params.logprobs is not None:
                     logprobs[row] = [self._logprobs(tag, choice, params.logprobs)]
         return BatchOutput(token_ids=sampled, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _run_fast(self, batch: Batch) -> BatchOutput:
+        """Tokens of seed and position alone, guesses verified against them."""
+        ends = batch.query_start[1:]
+        first = batch.num_computed + batch.query_lens - batch.num_draft  # the position of the first token sampled
+        width = int(batch.num_draft.max()) + 1
+        ahead = np.arange(width)
+        tokens = fast_tokens(batch.state.seed[batch.slots][:, None], first[:, None] + ahead, self.vocab_size)
+        if width > 1:
+            at = np.minimum((ends - batch.num_draft)[:, None] + ahead[:-1], ends[:, None] - 1)
+            right = (batch.token_ids[at] == tokens[:, :-1]) & (ahead[:-1] < batch.num_draft[:, None])
+            accepted = np.cumprod(right, axis=1).sum(axis=1)
+            tokens[ahead > accepted[:, None]] = -1
+        tokens[~batch.sample] = -1
+        return BatchOutput(token_ids=tokens)
 
     def _read_prefix(self, table: np.typing.NDArray[np.int32], length: int, width: int) -> int:
         """Fold the cached tokens again, checking the tag at each position."""
