@@ -1,9 +1,9 @@
 """The one verifier of guesses: which tokens a step samples, and how many of a row's guesses stand.
 
-Noise is a pure function of (seed, position, token), so the token of a position is decided before anyone guesses it: the argmax of
-filtered, scaled logits and noise. A row with ``d`` guesses samples after its last ``d + 1`` tokens, each with the noise of its own
-position, as if no guess had been made; the guesses that agree with what was sampled stand, and the first that does not is
-replaced by it. One row with ``d = 3``::
+Noise is a pure function of (seed, position, token), so the token of a position is decided before anyone guesses it: it is the
+argmax of filtered, scaled logits and noise. A row with ``d`` guesses samples after its last ``d + 1`` tokens, each with its own
+position's noise, as if no guess had been made; the guesses that agree with what was sampled stand, and the first that does not
+is replaced by it. One row with ``d = 3``::
 
     token_ids of the row      .. t    g0   g1   g2      t is known, g are guesses
     sampled after each           s0   s1   s2   s3
@@ -47,6 +47,10 @@ class SampledEntries:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def part(self, part: slice) -> "SampledEntries":
+        """Some of them."""
+        return SampledEntries(self.rows[part], self.places[part], self.tokens[part], self.positions[part], self.width)
+
 
 def sampled_entries(batch: Batch) -> SampledEntries:
     """What a step samples: ``num_draft + 1`` tokens of each row that samples."""
@@ -83,8 +87,8 @@ def accept_guesses(sampled: torch.Tensor, guesses: torch.Tensor) -> torch.Tensor
     """The tokens that a step gives. Element by element on the tensors' device, no wait of the host, no shape from data.
 
     Args:
-        sampled: Integers ``[num_rows, width]``: in place ``j`` the token sampled after ``j`` guesses of the row. A row that does
-            not sample has -1 in place 0. What stands after ``num_draft`` is not read.
+        sampled: Integers ``[num_rows, width]``: in place ``j`` the token sampled after ``j`` guesses of the row. A row that
+            does not sample has -1 in place 0. What stands after ``num_draft`` is not read.
         guesses: Integers ``[num_rows, width - 1]``, of :func:`guess_table`.
 
     Returns:
