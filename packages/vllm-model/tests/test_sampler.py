@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vllm_model.sampler import sample, token_logprobs
+from vllm_model.verifier import sampled_entries
 from vllm_traits import BatchState, SamplingParams
 from vllm_traits.conformance import batch_of
 
@@ -24,7 +25,7 @@ def draw(
     state.top_k[:] = max(params.top_k, 0)
     state.stop_token_ids = [(0,)] * num
     batch = batch_of(state, [(slot, len(tokens) - 1) for slot in range(num)], params=params)
-    return sample(logits.repeat(num, 1), batch, np.arange(num)).numpy()
+    return sample(logits.repeat(num, 1), batch, sampled_entries(batch)).numpy()
 
 
 def chi_squared(counts: np.ndarray, probabilities: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""From logits to tokens, for all rows of a step at once.
+"""From logits to tokens, for all entries of a step at once.
 
 Noise is a pure function of (seed, position, token id), so a request's tokens do not depend on what runs beside it. The token is
 the argmax of scaled logits plus Gumbel noise, an exact sample of their softmax (Gumbel, 1954; Maddison et al., 2014).
@@ -11,45 +11,38 @@ import numpy.typing as npt
 import torch
 
 from vllm_model.noise import gumbel_noise
+from vllm_model.verifier import SampledEntries
 from vllm_traits.batch import Batch, BatchState, TokenLogprobs
 from vllm_traits.sampling_params import SamplingParams
 
 
 def sample(
-    logits: torch.Tensor, batch: Batch, rows: npt.NDArray[np.intp], pending: Mapping[int, int] | None = None
+    logits: torch.Tensor, batch: Batch, entries: SampledEntries, pending: Mapping[int, int] | None = None
 ) -> torch.Tensor:
-    """The next token of some rows.
+    """The tokens of some places of some rows, each with the noise of its own position.
 
     Args:
-        logits: float32 ``[len(rows), vocab_size]``; changed in place where parameters say so.
+        logits: float32 ``[len(entries), vocab_size]``; changed in place where parameters say so.
         batch: The step, whose state is still as it was.
-        rows: Rows of the batch, in the order of ``logits``.
+        entries: What is to be sampled.
         pending: By row, the token before, where the state does not have it yet.
 
     Returns:
-        int64 ``[len(rows)]``.
+        int64 ``[len(entries)]``.
     """
-    state, slots = batch.state, batch.slots[rows]
-    positions = (batch.num_computed + batch.query_lens)[rows]
-    for i, slot in enumerate(slots.tolist()):
-        params = state.params[slot]
-        assert params is not None
-        if adjusts(params, state, slot, int(positions[i])):
-            history = state.token_ids[slot, : positions[i]].astype(np.int64)
-            if pending and int(rows[i]) in pending:
-                history[-1] = pending[int(rows[i])]
-            _adjust(logits[i], params, state, slot, history)
+    state, slots = batch.state, batch.slots[entries.rows]
+    _adjust_all(logits, batch, entries, pending or {})
     temperature = state.temperature[slots]
     hot = np.flatnonzero(temperature > 0)
     tokens = logits.argmax(dim=-1)
     if len(hot) == 0:
         return tokens
     index = torch.from_numpy(hot).to(logits.device)
-    scaled = logits if len(hot) == len(rows) else logits[index]
+    scaled = logits if len(hot) == len(entries) else logits[index]
     scaled = scaled / torch.from_numpy(temperature[hot]).to(logits.device)[:, None]
     _filter(scaled, state, slots[hot])
     seeds = torch.from_numpy(state.seed[slots[hot]].astype(np.int64)).to(logits.device)
-    places = torch.from_numpy(positions[hot].astype(np.int64)).to(logits.device)
+    places = torch.from_numpy(entries.positions[hot]).to(logits.device)
     vocabulary = torch.arange(logits.shape[-1], device=logits.device)
     scaled += gumbel_noise(seeds[:, None], places[:, None], vocabulary[None])
     tokens[index] = scaled.argmax(dim=-1)
@@ -82,6 +75,24 @@ def adjusts(params: SamplingParams, state: BatchState, slot: int, length: int) -
         or params.allowed_token_ids is not None
         or length - int(state.num_prompt_tokens[slot]) < params.min_tokens
     )
+
+
+def _adjust_all(logits: torch.Tensor, batch: Batch, entries: SampledEntries, pending: Mapping[int, int]) -> None:
+    """All that forbids or shifts tokens of an entry because of what its request wants and what stands before it, in place.
+
+    The history of an entry is the row's first ``position`` tokens: guesses stand in the state behind the known ones, so an
+    entry behind a guess sees it, and one behind a wrong guess is thrown away.
+    """
+    state = batch.state
+    for i, (row, position) in enumerate(zip(entries.rows.tolist(), entries.positions.tolist(), strict=True)):
+        slot = int(batch.slots[row])
+        params = state.params[slot]
+        assert params is not None
+        if adjusts(params, state, slot, position):
+            history = state.token_ids[slot, :position].astype(np.int64)
+            if row in pending:
+                history[-1] = pending[row]
+            _adjust(logits[i], params, state, slot, history)
 
 
 def _adjust(row: torch.Tensor, params: SamplingParams, state: BatchState, slot: int, history: npt.NDArray[np.int64]) -> None:
