@@ -1,7 +1,7 @@
 """What followed the last tokens in an earlier request.
 
-Sequences that have left the engine stand one after the other in a ring. The idea is that of suffix decoding (Oliaro et al. 2024):
-agents and pipelines say the same again and again.
+Sequences that have left the engine stand one after the other in a ring. The idea is that of suffix decoding (Oliaro et al.
+2024): agents and pipelines say the same again and again.
 """
 
 import numpy as np
@@ -63,7 +63,7 @@ class SuffixProposer:
         if not own[:order].all():
             return []
         length = len(own) if own.all() else int(own.argmin())
-        return self._tokens[place : place - order + length].tolist()
+        return list(map(int, self._tokens[place : place - order + length]))
 
 
 def _salt(root: bytes) -> int:
