@@ -47,9 +47,7 @@ def test_too_little_memory_names_the_one_number_to_change() -> None:
         (None, {"prompt_lookup_min": 3, "prompt_lookup_max": 2}, "the first at most the second"),
     ],
 )
-def test_speculation_that_cannot_work_is_refused(
-    draft: FakeBackend | None, changes: dict[str, Any], message: str
-) -> None:
+def test_speculation_that_cannot_work_is_refused(draft: FakeBackend | None, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Engine(FakeBackend(max_draft_tokens=4), draft, config=EngineConfig(**changes))
 

@@ -444,9 +444,7 @@ class Engine:
         chosen.extend(proposers)
         if self.draft_model is not None:
             most = config.max_num_batched_tokens
-            chosen.append(
-                DraftModelProposer(self.draft_model, state, num_blocks=self.num_blocks, max_num_batched_tokens=most)
-            )
+            chosen.append(DraftModelProposer(self.draft_model, state, num_blocks=self.num_blocks, max_num_batched_tokens=most))
         spec = self.target_model.spec
         return Speculator(
             chosen,

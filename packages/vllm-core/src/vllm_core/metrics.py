@@ -125,7 +125,6 @@ class EngineMetrics(Collector):
         info.add_metric([*self.labels, *self._info.values()], 1)
         yield info
 
-
     @property
     def spec_decode_num_accepted_tokens(self) -> int:
         """Guesses that were right."""
