@@ -27,7 +27,7 @@ from vllm_traits.ids import BlockId, SlotId, StepId
 class _Drafted:
     """What the draft's cache holds of a sequence: ``computed`` known tokens, and after them those that it ``ran`` as guesses."""
 
-    computed: int
+    computed: int = 0
     num_recorded: int = 0
     ran: list[int] = field(default_factory=list)
 
@@ -46,8 +46,10 @@ class DraftModelProposer:
 
     def __init__(self, model: ModelBackend, state: BatchState, *, num_blocks: int, max_num_batched_tokens: int) -> None:
         self.model = model
-        self._state = copy.copy(state)  # the same arrays, but parameters that ask for no log-probabilities
+        # The same arrays, but parameters that ask for no log-probabilities, and guesses are known tokens here.
+        self._state = copy.copy(state)
         self._state.params = [None] * state.max_num_seqs
+        self._state.num_tokens = state.num_tokens.copy()
         self._max_num_batched_tokens = max_num_batched_tokens
         self._drafted: dict[int, _Drafted] = {}
         self._holds: dict[BlockId, bytes] = {}  # prefix keys of blocks that are full and right in the draft's cache
@@ -77,16 +79,22 @@ class DraftModelProposer:
             params = rows.state.params[slot]
             assert params is not None
             state.params[slot] = msgspec.structs.replace(params, logprobs=None, prompt_logprobs=None)
+        known = state.num_tokens[slots] = rows.state.num_tokens[slots]
         drafted = [self._roll_back(rows, row) for row in range(len(slots))]
-        known = state.num_tokens[slots]
         computed = np.array([each.computed for each in drafted], np.int32)
         behind = known - computed
         lens = np.clip(self._max_num_batched_tokens - (np.cumsum(behind) - behind), 0, behind)
+        self._let_one_write(rows, computed, lens)
         ready = lens == behind  # who has caught up is sampled
         running = np.flatnonzero(lens > 0)
+        for row in running.tolist():
+            end = -(-int(known[row] + rows.num_wanted[row]) // state.block_size)
+            for block in state.block_tables[slots[row], drafted[row].num_recorded : end].tolist():
+                self._holds.pop(block, None)  # it had another life
         tokens = self._run(rows, running, computed, lens, ready, changed)
         for row in running.tolist():
             drafted[row].computed += int(lens[row])
+            self._record(drafted[row], int(slots[row]), rows.keys[row])
         guesses: list[list[int]] = [[] for _ in drafted]
         rows_left = np.flatnonzero(ready)
         tokens = tokens[ready[running]]
@@ -94,6 +102,7 @@ class DraftModelProposer:
             for row, token in zip(rows_left.tolist(), tokens.tolist(), strict=True):
                 # The guess runs from here, and penalties find it here.
                 state.token_ids[slots[row], known[row] + len(guesses[row])] = token
+                state.num_tokens[slots[row]] += 1
                 guesses[row].append(token)
             rows_left = np.array([row for row in rows_left.tolist() if len(guesses[row]) < rows.num_wanted[row]], np.int64)
             if len(rows_left):
@@ -109,23 +118,39 @@ class DraftModelProposer:
         state, keys = self._state, rows.keys[row]
         slot, size = int(rows.slots[row]), state.block_size
         known, table = int(state.num_tokens[slot]), state.block_tables[slot]
-        drafted = self._drafted.get(slot)
-        if drafted is None:
-            hits = 0
-            while hits < min(len(keys), known // size) and self._holds.get(BlockId(int(table[hits]))) == keys[hits]:
-                hits += 1
-            drafted = self._drafted[slot] = _Drafted(hits * size, hits)
+        drafted = self._drafted.setdefault(slot, _Drafted())
         for token in drafted.ran:
             if drafted.computed >= known or state.token_ids[slot, drafted.computed] != token:
                 break
             drafted.computed += 1
         drafted.ran = []
+        self._record(drafted, slot, keys)
+        block = drafted.num_recorded
+        while drafted.computed == block * size and block < min(len(keys), known // size):
+            if self._holds.get(BlockId(int(table[block]))) != keys[block]:  # not what another sequence computed there
+                break
+            block += 1
+            drafted.computed, drafted.num_recorded = block * size, block
         drafted.computed = min(drafted.computed, known - 1)
-        full = min(drafted.computed // size, len(keys))
+        return drafted
+
+    def _record(self, drafted: _Drafted, slot: int, keys: Sequence[bytes]) -> None:
+        """Let sequences that share its blocks know which are full and right here."""
+        table = self._state.block_tables[slot]
+        full = min(drafted.computed // self._state.block_size, len(keys))
         for i in range(drafted.num_recorded, full):
             self._holds[BlockId(int(table[i]))] = keys[i]
         drafted.num_recorded = max(drafted.num_recorded, full)
-        return drafted
+
+    def _let_one_write(self, rows: DraftRows, computed: IntArray, lens: IntArray) -> None:
+        """Of sequences that share a block which none of them has computed here, the first does; the others wait, ``lens`` 0."""
+        size, taken = self._state.block_size, set[int]()
+        for row, (start, count) in enumerate(zip(computed.tolist(), lens.tolist(), strict=True)):
+            blocks = self._state.block_tables[rows.slots[row], start // size : -(-(start + count) // size)].tolist()
+            if taken.isdisjoint(blocks):
+                taken.update(blocks)
+            else:
+                lens[row] = 0
 
     def _run(
         self,
