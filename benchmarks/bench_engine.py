@@ -32,9 +32,7 @@ def decoding(num_seqs: int, context: int, num_blocks: int, **settings: Any) -> E
     """An engine whose sequences have all run their prompts."""
     engine = engine_of(num_blocks, **settings)
     params = SamplingParams(temperature=0, max_tokens=8 * STEPS, ignore_eos=True)
-    outputs = [
-        engine.add_request(str(i), RNG.integers(0, 50_000, context).tolist(), params) for i in range(num_seqs)
-    ]
+    outputs = [engine.add_request(str(i), RNG.integers(0, 50_000, context).tolist(), params) for i in range(num_seqs)]
     while not all(output.outputs[0].token_ids for output in outputs):
         engine.step()
     return engine
