@@ -35,9 +35,21 @@ def test_too_little_memory_names_the_one_number_to_change() -> None:
         Engine(FakeBackend(num_blocks=10))
 
 
-def test_speculation_is_refused() -> None:
-    with pytest.raises(ConfigError, match="speculative"):
-        Engine(FakeBackend(), FakeBackend())
+@pytest.mark.parametrize(
+    ("draft", "changes", "message"),
+    [
+        (FakeBackend(), {}, "max_draft_tokens is 0; it must be at least 1"),
+        (None, {"max_draft_tokens": 2}, "must be 0 without a draft model or proposers"),
+        (FakeBackend(), {"max_draft_tokens": 9}, "fake verifies 4 at most"),
+        (FakeBackend(vocab_size=255), {"max_draft_tokens": 2}, "255 tokens, fake has 256"),
+        (FakeBackend(max_model_len=100), {"max_draft_tokens": 2}, "allows 100 tokens, less than max_model_len 4096"),
+        (None, {"proposers": ("magic",)}, "it may hold ngram and suffix"),
+        (None, {"prompt_lookup_min": 3, "prompt_lookup_max": 2}, "the first at most the second"),
+    ],
+)
+def test_speculation_that_cannot_work_is_refused(draft: FakeBackend | None, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Engine(FakeBackend(max_draft_tokens=4), draft, config=EngineConfig(**changes))
 
 
 def test_the_cache_is_sized_from_the_memory() -> None:

@@ -1,18 +1,19 @@
-"""The fake backend keeps the laws that it helps to check, and a broken one is caught."""
+"""The fake backend keeps the laws that it helps to check, and broken ones are caught."""
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from vllm_traits import Batch, conformance
 from vllm_traits.batch import BatchOutput
-from vllm_traits.errors import BackendError
 from vllm_traits.fake_backend import FakeBackend, expected_tokens
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("law", conformance.LAWS, ids=lambda law: law.__name__)
 def test_fake_backend_conforms(law: Callable[[conformance.MakeBackend], None], overlap: bool) -> None:
+    law(lambda: FakeBackend(supports_overlap=overlap, max_draft_tokens=3))
     law(lambda: FakeBackend(supports_overlap=overlap))
 
 
@@ -20,6 +21,7 @@ def test_fake_backend_says_what_is_expected() -> None:
     driver = conformance.Driver(FakeBackend())
     driver.place(0, [1, 2, 3], [4, 5])
     assert driver.generate(0, 20) == expected_tokens([1, 2, 3], 20, 256)
+    assert driver.output(0) == expected_tokens([1, 2, 3], 20, 256)
 
 
 class _ReordersRows(FakeBackend):
@@ -33,10 +35,30 @@ def test_a_backend_that_mixes_up_rows_is_caught() -> None:
         conformance.neighbours_do_not_matter(_ReordersRows)
 
 
-def test_a_wrong_block_table_is_noticed() -> None:
-    driver = conformance.Driver(FakeBackend())
-    driver.place(0, list(range(20)), [4, 5])
-    driver.generate(0, 1)
-    driver.state.block_tables[0, 0] = 7
-    with pytest.raises(BackendError, match="another prefix"):
-        driver.generate(0, 2)
+class _Believes(FakeBackend):
+    """Takes every guess for right."""
+
+    def _run(self, batch: Batch) -> BatchOutput:
+        output = super()._run(batch)
+        for row in np.flatnonzero(batch.num_draft).tolist():
+            num_draft, end = int(batch.num_draft[row]), int(batch.query_start[row + 1])
+            output.token_ids[row, :num_draft] = batch.token_ids[end - num_draft : end]
+            output.token_ids[row, num_draft] = 0
+        return output
+
+
+class _StopsEarly(FakeBackend):
+    """Leaves out the token after the last right guess."""
+
+    def _run(self, batch: Batch) -> BatchOutput:
+        output = super()._run(batch)
+        for row in np.flatnonzero(batch.num_draft).tolist():
+            num = int((output.token_ids[row] >= 0).sum())
+            output.token_ids[row, max(1, num - 1) :] = -1
+        return output
+
+
+@pytest.mark.parametrize("broken", [_Believes, _StopsEarly])
+def test_a_backend_that_verifies_wrongly_is_caught(broken: type[FakeBackend]) -> None:
+    with pytest.raises(AssertionError):
+        conformance.guesses_change_nothing(lambda: broken(max_draft_tokens=3))

@@ -51,6 +51,14 @@ class BlockPool:
         """Whether nobody holds it."""
         return self._ref_counts[block] == 0
 
+    def num_holders(self, block: BlockId) -> int:
+        """Tables that it is in."""
+        return self._ref_counts[block]
+
+    def key_of(self, block: BlockId) -> bytes | None:
+        """The key that it is found by."""
+        return self._keys[block]
+
     def allocate(self) -> BlockId | None:
         """The block that was free for longest, with one reference and no key; None if none is free."""
         if self.num_free == 0:

@@ -4,8 +4,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 
+import msgspec
 import numpy as np
 from prometheus_client import CollectorRegistry
 
@@ -13,10 +15,13 @@ from vllm_core.engine_config import EngineConfig
 from vllm_core.metrics import EngineMetrics
 from vllm_core.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from vllm_core.prefix_cache import root_key
-from vllm_core.scheduler import ALONE_AFTER, Committed, ScheduledStep, Scheduler
-from vllm_core.sequence import Request, Status
+from vllm_core.proposer import Proposer
+from vllm_core.scheduled_step import Committed, ScheduledStep
+from vllm_core.scheduler import ALONE_AFTER, Scheduler
+from vllm_core.sequence import Request, Status, queue_key
 from vllm_core.sequence import Sequence as Seq
-from vllm_traits.backend import ModelBackend, StepHandle
+from vllm_core.speculation import build_speculator, check_speculation
+from vllm_traits.backend import KvCacheBudget, ModelBackend, StepHandle
 from vllm_traits.batch import BatchOutput, IntArray
 from vllm_traits.errors import (
     BackendError,
@@ -39,14 +44,16 @@ class Engine:
 
     Args:
         target_model: What runs the steps; the engine initializes it and closes it.
-        draft_model: Not supported yet: must be None.
+        draft_model: Guesses what the target will say, with a KV cache of its own beside the target's; closed with it.
+        max_draft_tokens: Most guesses for a sequence in one step; None: the configuration's.
+        proposers: Who guesses besides those that the configuration names; asked after them, before the draft model.
         config: Limits and policies.
         registry: Where the metrics are registered; None: a registry of their own.
         model_name: The metrics' label; None: the model's own.
         clock: Seconds, monotonic.
 
     Raises:
-        ConfigError: The configuration does not fit the model.
+        ConfigError: The configuration does not fit the model, or the draft does not fit the target.
         KvCacheTooSmallError: One sequence of full length does not fit into the memory for the KV cache.
     """
 
@@ -55,15 +62,17 @@ class Engine:
         target_model: ModelBackend,
         draft_model: ModelBackend | None = None,
         *,
+        max_draft_tokens: int | None = None,
+        proposers: Sequence[Proposer] = (),
         config: EngineConfig | None = None,
         registry: CollectorRegistry | None = None,
         model_name: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = config or EngineConfig()
+        if max_draft_tokens is not None:
+            config = msgspec.structs.replace(config, max_draft_tokens=max_draft_tokens)
         spec = target_model.spec
-        if draft_model is not None or config.max_draft_tokens:
-            raise ConfigError("draft_model and max_draft_tokens: speculative decoding is not supported yet.")
         if config.max_model_len is not None and config.max_model_len > spec.max_model_len:
             raise ConfigError(f"max_model_len is {config.max_model_len}; {spec.name} allows {spec.max_model_len} at most.")
         self.target_model = target_model
@@ -71,27 +80,34 @@ class Engine:
         self.max_draft_tokens = config.max_draft_tokens
         self.config = config
         self.max_model_len = config.max_model_len or spec.max_model_len
+        check_speculation(config, target_model.spec, draft_model, self.max_model_len, has_proposers=bool(proposers))
         self.num_blocks = config.num_blocks or self._size_kv_cache()
+        self._clock = clock
         self.scheduler = Scheduler(
             config, max_model_len=self.max_model_len, num_blocks=self.num_blocks, eos_token_ids=spec.eos_token_ids
         )
         target_model.initialize(
             self.scheduler.state, num_blocks=self.num_blocks, max_num_batched_tokens=config.max_num_batched_tokens
         )
+        if config.max_draft_tokens:
+            self.scheduler.speculator = build_speculator(
+                config, spec, self.scheduler.state, proposers, draft_model, num_blocks=self.num_blocks, clock=clock
+            )
         self.metrics = EngineMetrics(
             model_name=model_name or spec.name,
             max_model_len=self.max_model_len,
+            max_draft_tokens=config.max_draft_tokens,
             gauges=self._gauges,
             info={"block_size": str(config.block_size), "num_gpu_blocks": str(self.num_blocks)},
             registry=registry,
         )
-        self._clock = clock
         self._requests: dict[str, Request] = {}
-        self._in_flight: deque[tuple[ScheduledStep, StepHandle]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._depth = 2 if spec.supports_overlap else 1
         self._num_requests = 0
         self._num_sequences = 0
         self._last_token_time = np.zeros(config.max_num_seqs, np.float64)
+        self._last_commit_time = 0.0
         self._troubled: set[Seq] = set()
         self._report: list[RequestOutput] = []
 
@@ -137,14 +153,13 @@ class Engine:
         request = Request(request_id, params, priority, self._num_requests, output, num_left=params.n)
         stops = () if params.ignore_eos else spec.eos_token_ids
         seed = params.seed if params.seed is not None else _derive_seed(self.config.seed, self._num_requests)
-        first_key = priority if self.config.scheduling_policy == "priority" else 0
         for completion in output.outputs:
             self._num_sequences += 1
             sequence = Seq(
                 seq_id=SeqId(self._num_sequences),
                 request=request,
                 completion=completion,
-                key=(first_key, request.arrival, completion.index),
+                key=self._key(request, completion.index),
                 prompt=prompt,
                 limit=limit,
                 seed=seed if completion.index == 0 else _derive_seed(seed, completion.index),
@@ -173,6 +188,17 @@ class Engine:
         self._end(request.sequences[index], "abort" if stop_reason is None else "stop", stop_reason)
         return True
 
+    def set_priority(self, request_id: str, priority: int) -> bool:
+        """Give a request another priority, wherever it is; False if it is not known (any more)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        request.priority = priority
+        for sequence in request.sequences:
+            if sequence.status is not Status.FINISHED:
+                self.scheduler.rekey(sequence, self._key(request, sequence.completion.index))
+        return True
+
     def has_unfinished_requests(self) -> bool:
         """Whether ``step`` has anything to do or to report."""
         return bool(self._requests or self._in_flight or self._report)
@@ -187,15 +213,18 @@ class Engine:
         """Run one step.
 
         With a model that overlaps, the next step is submitted before the tokens of the one before are read, so a call may
-        return tokens of the step before, or nothing yet.
+        return tokens of the step before, or nothing yet. Guesses need the tokens before them: then steps do not overlap.
 
         Returns:
             The requests that have a token more or have ended.
         """
+        guessing = self.scheduler.wants_guesses()
+        if guessing:
+            self._drain()
         scheduled = self.scheduler.schedule()
         if scheduled is not None:
             self._submit(scheduled)
-        if self._in_flight and (scheduled is None or len(self._in_flight) == self._depth):
+        if self._in_flight and (scheduled is None or guessing or len(self._in_flight) == self._depth):
             self._commit()
         outputs, self._report = self._report, []
         return outputs
@@ -207,6 +236,8 @@ class Engine:
         self._drain()
         self._report = []
         self.target_model.close()
+        if self.scheduler.speculator is not None:
+            self.scheduler.speculator.close()
 
     def kv_cache_summary(self) -> str:
         """What was made of the memory, in one line."""
@@ -244,23 +275,31 @@ class Engine:
             self._drain()
             self._recover([scheduled], error)
             return
-        self._in_flight.append((scheduled, handle))
+        self._in_flight.append(_InFlight(scheduled, handle, now))
 
     def _commit(self) -> None:
         """Take in the oldest step under way."""
-        step, handle = self._in_flight.popleft()
+        under_way = self._in_flight.popleft()
+        step = under_way.step
         try:
-            output = handle.result()
+            output = under_way.handle.result()
             self._check_output(step, output)
         except Exception as error:  # as above
-            later = [step for step, _ in self._in_flight]
-            for _, handle in self._in_flight:
-                _settle(handle)
+            later = [each.step for each in self._in_flight]
+            for each in self._in_flight:
+                _settle(each.handle)
             self._in_flight.clear()
             self._recover([step, *later], error)
             return
         committed = self.scheduler.commit(step, output)
-        self._record(step, committed)
+        now = self._clock()
+        self._record(step, committed, now)
+        if self.scheduler.speculator is not None:
+            batch = step.batch
+            if batch.num_tokens - int(batch.num_draft.sum()) == batch.num_rows:  # no prompt was in it
+                took = now - max(under_way.submitted, self._last_commit_time)
+                self.scheduler.speculator.cost.observe(batch.num_tokens, committed.num_new, took)
+        self._last_commit_time = now
         if self._troubled:
             for sequence in [each for each in self._troubled if self.scheduler.got_past_failure(each)]:
                 sequence.num_failures = sequence.failed_at = 0
@@ -275,9 +314,20 @@ class Engine:
         rows = step.batch.num_rows
         if output.token_ids.ndim != 2 or len(output.token_ids) != rows:
             raise BackendError(f"the model returned tokens of shape {output.token_ids.shape} for {rows} rows")
-        tokens = output.token_ids[step.batch.sample, 0]
-        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= self.target_model.spec.vocab_size):
+        tokens, vocab_size = output.token_ids[step.batch.sample, 0], self.target_model.spec.vocab_size
+        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
             raise BackendError("the model returned a token outside its vocabulary")
+        if not step.has_guesses:
+            return
+        batch = step.batch
+        for row in np.flatnonzero(batch.num_draft).tolist():
+            guesses = batch.token_ids[batch.query_start[row + 1] - batch.num_draft[row] : batch.query_start[row + 1]]
+            given = output.token_ids[row]
+            num = int((given >= 0).sum())
+            if num > len(guesses) + 1 or (given[:num] < 0).any() or (given[: num - 1] != guesses[: num - 1]).any():
+                raise BackendError(f"the model returned {given.tolist()} for the guesses {guesses.tolist()}")
+            if int(given[num - 1]) >= vocab_size:
+                raise BackendError("the model returned a token outside its vocabulary")
 
     def _recover(self, steps: list[ScheduledStep], error: Exception) -> None:
         """After a failed step: undo it, and decide who runs again and how.
@@ -298,31 +348,34 @@ class Engine:
             elif sequence.num_failures == ALONE_AFTER:
                 self.scheduler.preempt(sequence)
 
-    def _record(self, step: ScheduledStep, committed: Committed) -> None:
+    def _record(self, step: ScheduledStep, committed: Committed, now: float) -> None:
         """Times, counts, and who is reported."""
-        now = self._clock()
-        metrics, slots = self.metrics, committed.slots
+        metrics, slots, scheduler = self.metrics, committed.slots, self.scheduler
         metrics.iteration_tokens.observe(step.batch.num_tokens)
-        metrics.generation_tokens += len(slots)
-        stats = self.scheduler.cache_stats
+        metrics.generation_tokens += committed.num_new
+        stats = scheduler.prefix_cache.stats
         metrics.prefix_cache_queries, metrics.prefix_cache_hits = stats.num_queried_tokens, stats.num_hit_tokens
-        metrics.num_preemptions = self.scheduler.num_preemptions
-        metrics.inter_token_latency.observe((now - self._last_token_time[slots])[~committed.is_first])
+        metrics.num_preemptions = scheduler.num_preemptions
+        since = now - self._last_token_time[slots]
         self._last_token_time[slots] = now
-        for row in np.flatnonzero(committed.is_first).tolist():
-            times = committed.sequences[row].request.output.metrics
-            if times.first_token_time is None:
-                times.first_token_time = now
-                metrics.time_to_first_token.observe(now - times.arrival_time)
-                metrics.request_prefill_time.observe(now - (times.first_scheduled_time or now))
-        seen: set[int] = set()
-        for sequence in committed.sequences:
-            if sequence.completion.finish_reason is not None:
-                self._ended_choice(sequence, now)
-            arrival = sequence.request.arrival
-            if arrival not in seen:  # choices of one request are reported once
-                seen.add(arrival)
-                self._report.append(sequence.request.output)
+        if committed.is_first.any():
+            since = since[~committed.is_first]
+            for row in np.flatnonzero(committed.is_first).tolist():
+                self._record_first_token(committed.sequences[row].request.output.metrics, now)
+        metrics.inter_token_latency.observe(since)
+        if step.has_guesses:
+            metrics.spec_decode_num_drafts = scheduler.num_drafts
+            metrics.spec_decode_num_draft_tokens = scheduler.num_draft_tokens
+            metrics.spec_decode_num_accepted_tokens_per_pos[:] = scheduler.num_accepted_per_pos
+        for sequence in committed.ended:
+            self._ended_choice(sequence, now)
+        self._report.extend(committed.outputs)
+
+    def _record_first_token(self, times: RequestMetrics, now: float) -> None:
+        if times.first_token_time is None:
+            times.first_token_time = now
+            self.metrics.time_to_first_token.observe(now - times.arrival_time)
+            self.metrics.request_prefill_time.observe(now - (times.first_scheduled_time or now))
 
     def _end(self, sequence: Seq, reason: FinishReason, stop_reason: str | None) -> None:
         if sequence.status is Status.FINISHED:
@@ -358,10 +411,19 @@ class Engine:
 
     def _size_kv_cache(self) -> int:
         config = self.config
-        budget = self.target_model.kv_cache_budget(
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+        models = [self.target_model] if self.draft_model is None else [self.target_model, self.draft_model]
+        budgets = [
+            model.kv_cache_budget(
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+            )
+            for model in models
+        ]
+        # A block is a block in both; each says what would be left for it alone, on the same device.
+        budget = KvCacheBudget(
+            available_bytes=min(each.available_bytes for each in budgets),
+            bytes_per_block=sum(each.bytes_per_block for each in budgets),
         )
         needed = -(-self.max_model_len // config.block_size)
         if budget.num_blocks < needed:
@@ -372,6 +434,12 @@ class Engine:
                 f"{self.max_model_len:,}. Set max_model_len to {fits:,} or less, or give the KV cache {gib:.2f} GiB."
             )
         return budget.num_blocks
+
+    def _key(self, request: Request, index: int) -> tuple[int, int, int]:
+        """The place in every queue of one of its choices."""
+        if self.config.scheduling_policy != "priority":
+            return queue_key(request.arrival, index, 0, 0)
+        return queue_key(request.arrival, index, request.priority, self.config.priority_aging)
 
     def _check(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[IntArray, int]:
         """The prompt as int32 ``[num_prompt_tokens]`` and the length in tokens at which the request ends."""
@@ -414,6 +482,15 @@ class Engine:
             "num_requests_waiting": self.scheduler.num_waiting,
             "kv_cache_usage_perc": self.scheduler.pool.usage,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A step under way, and when it was submitted."""
+
+    step: ScheduledStep
+    handle: StepHandle
+    submitted: float
 
 
 def _settle(handle: StepHandle) -> None:

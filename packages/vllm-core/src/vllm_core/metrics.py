@@ -4,6 +4,7 @@ Prometheus' own histograms take a microsecond an observation, too much for a tok
 Prometheus asks, so a gauge can never be stale.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -29,13 +30,18 @@ class Histogram:
     """
 
     def __init__(self, bounds: Iterable[float]) -> None:
-        self.bounds = np.array(list(bounds), np.float64)
+        self._bounds = [float(bound) for bound in bounds]
+        self.bounds = np.array(self._bounds, np.float64)
         self.counts = np.zeros(len(self.bounds) + 1, np.int64)
         self.sum = 0.0
 
     def observe(self, values: float | npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> None:
         """Count one value or an array of them."""
-        flat = np.atleast_1d(np.asarray(values, np.float64))
+        if isinstance(values, int | float):
+            self.counts[bisect_left(self._bounds, values)] += 1
+            self.sum += values
+            return
+        flat = np.asarray(values, np.float64)
         self.counts += np.bincount(np.searchsorted(self.bounds, flat), minlength=len(self.counts))
         self.sum += float(flat.sum())
 
@@ -51,6 +57,7 @@ class EngineMetrics(Collector):
     Args:
         model_name: The label ``model_name``.
         max_model_len: Bounds the histograms of lengths.
+        max_draft_tokens: 0: nothing is said of guesses.
         gauges: Read at export: name to value.
         info: ``vllm:cache_config_info``'s labels.
         registry: Where to register; None: a registry of its own.
@@ -61,6 +68,7 @@ class EngineMetrics(Collector):
         *,
         model_name: str,
         max_model_len: int,
+        max_draft_tokens: int = 0,
         gauges: Callable[[], dict[str, float]],
         info: dict[str, str],
         registry: CollectorRegistry | None = None,
@@ -74,6 +82,9 @@ class EngineMetrics(Collector):
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.num_preemptions = 0
+        self.spec_decode_num_drafts = 0
+        self.spec_decode_num_draft_tokens = 0
+        self.spec_decode_num_accepted_tokens_per_pos: npt.NDArray[np.int64] = np.zeros(max_draft_tokens, np.int64)
         self.request_success = {"stop": 0, "length": 0, "abort": 0}
         self.time_to_first_token = Histogram(TTFT)
         self.inter_token_latency = Histogram(ITL)
@@ -93,7 +104,11 @@ class EngineMetrics(Collector):
             gauge = GaugeMetricFamily(f"vllm:{name}", _HELP[name], labels=LABELS)
             gauge.add_metric(self.labels, value)
             yield gauge
-        for name in ("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "num_preemptions"):
+        counters = ["prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "num_preemptions"]
+        if len(self.spec_decode_num_accepted_tokens_per_pos):
+            counters += ["spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"]
+            yield self._accepted_per_pos()
+        for name in counters:
             counter = CounterMetricFamily(f"vllm:{name}", _HELP[name], labels=LABELS)
             counter.add_metric(self.labels, getattr(self, name))
             yield counter
@@ -109,6 +124,18 @@ class EngineMetrics(Collector):
         info = GaugeMetricFamily("vllm:cache_config_info", "How the KV cache is set up", labels=[*LABELS, *self._info])
         info.add_metric([*self.labels, *self._info.values()], 1)
         yield info
+
+    @property
+    def spec_decode_num_accepted_tokens(self) -> int:
+        """Guesses that were right."""
+        return int(self.spec_decode_num_accepted_tokens_per_pos.sum())
+
+    def _accepted_per_pos(self) -> CounterMetricFamily:
+        name = "spec_decode_num_accepted_tokens_per_pos"
+        counter = CounterMetricFamily(f"vllm:{name}", _HELP[name], labels=[*LABELS, "position"])
+        for position, count in enumerate(self.spec_decode_num_accepted_tokens_per_pos.tolist()):
+            counter.add_metric([*self.labels, str(position)], count)
+        return counter
 
 
 _HISTOGRAMS = {
@@ -131,6 +158,10 @@ _HELP = {
     "prompt_tokens": "Prompt tokens computed or found",
     "generation_tokens": "Tokens generated",
     "num_preemptions": "Times that a running sequence gave its blocks back",
+    "spec_decode_num_drafts": "Sequences of steps that held guesses",
+    "spec_decode_num_draft_tokens": "Guesses that steps held",
+    "spec_decode_num_accepted_tokens": "Guesses that were right",
+    "spec_decode_num_accepted_tokens_per_pos": "Guesses that were right, by their place in the draft",
     "request_success": "Finished choices by reason",
     "time_to_first_token": "From arrival to the first token",
     "inter_token_latency": "Between one token of a sequence and its next",

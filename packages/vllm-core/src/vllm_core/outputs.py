@@ -18,6 +18,10 @@ class RequestMetrics:
     finished_time: float | None = None
     num_preemptions: int = 0
     num_cached_tokens: int = 0
+    num_draft_tokens: int = 0
+    """Guesses that steps held, over all choices."""
+    num_accepted_tokens: int = 0
+    """Those that were right."""
 
 
 @dataclass(slots=True)

@@ -1,67 +1,32 @@
 """What runs in the next step.
 
-Every step moves ``num_computed`` of running sequences toward the tokens they have, under one token budget. There is no prefill
-and no decode: a sequence with one token to run is a row of one token. Rows of one token come first, so a long prompt never
-stalls them; what is left of the budget goes to prompts in order, then to sequences that wait.
-
-A slot's lengths, with one sampled token on its way (``pending`` 1)::
-
-    0 ........ committed | ..... num_computed | num_tokens + pending ........ limit
-    KV written by steps  | KV written by steps | to be run                    | ends here
-    that are done        | under way           |
+Every step moves ``computed`` of running sequences toward the tokens they have, under one token budget. There is no prefill and
+no decode: a sequence with one token to run is a row of one token. Rows of one token come first, so a long prompt never stalls
+them; what is left of the budget goes to prompts in order, then to sequences that wait, then to guesses.
 """
 
 from bisect import insort
-from collections import deque
-from dataclasses import dataclass
-from heapq import heappop, heappush
 from typing import cast
 
-import msgspec
 import numpy as np
 
 from vllm_core.block_pool import BlockPool
 from vllm_core.engine_config import EngineConfig
-from vllm_core.prefix_cache import PrefixCacheStats, extend_keys
+from vllm_core.outputs import FinishReason, RequestOutput
+from vllm_core.prefix_cache import PrefixCache
+from vllm_core.proposer import DraftRows
+from vllm_core.scheduled_step import Committed, RunningSet, ScheduledStep
 from vllm_core.sequence import Sequence, Status
+from vllm_core.slot_table import SlotTable
+from vllm_core.speculator import Speculator
+from vllm_core.waiting_queue import WaitingQueue
 from vllm_traits.batch import LAST_SAMPLED, Batch, BatchOutput, BatchState, BoolArray, IntArray, LongArray, TokenLogprobs
-from vllm_traits.ids import BlockId, SlotId, StepId
+from vllm_traits.ids import BlockId, StepId
 
 ALONE_AFTER = 2
 """Failed steps after which a sequence runs alone, to find out whether it is the cause."""
-
-
 STEPS_TO_ONE_MORE = 64
 """Steps that must succeed after the device was out of memory before one more sequence may run."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledStep:
-    """A batch, and what is needed to take its result in.
-
-    Attributes:
-        lens: int32 ``[num_rows]``, tokens that each row runs.
-        epochs: int64 ``[num_rows]``: a row whose slot has another epoch by now is void.
-    """
-
-    batch: Batch
-    lens: IntArray
-    epochs: LongArray
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """What a step brought.
-
-    Attributes:
-        sequences: Those that have a token more; the ended ones are taken out already.
-        slots: int32 ``[len(sequences)]``, where they ran.
-        is_first: bool ``[len(sequences)]``: the token is the sequence's first.
-    """
-
-    sequences: list[Sequence]
-    slots: IntArray
-    is_first: BoolArray
 
 
 class Scheduler:
@@ -79,54 +44,58 @@ class Scheduler:
         self.pool = BlockPool(num_blocks)
         self.state = BatchState(config.max_num_seqs, max_model_len, config.block_size)
         self.running: list[Sequence] = []  # by key
-        self.num_waiting = 0
-        self.cache_stats = PrefixCacheStats()
+        self.speculator: Speculator | None = None
         self.num_preemptions = 0
+        self.num_accepted_per_pos: LongArray = np.zeros(config.max_draft_tokens, np.int64)
+        self.num_drafts = self.num_draft_tokens = 0
         self.last_admitted: list[Sequence] = []
-        self._waiting: list[Sequence] = []  # a heap by key; aborted ones are dropped when they come up
-        self._parked: dict[bytes, list[Sequence]] = {}  # by the prefix key that they wait for
-        self._computing: dict[bytes, Sequence] = {}  # prefix keys that a running sequence is going to register
+        self.prefix_cache = PrefixCache(
+            self.pool, config.block_size, enabled=config.enable_prefix_caching, wake=lambda key: self._waiting.wake(key)
+        )
+        self._table = SlotTable(self.state, self.pool)
+        self._waiting = WaitingQueue(self.prefix_cache.count_hits if config.scheduling_policy == "lpm" else None)
         self._most_running = config.max_num_seqs
         self._steps_at_most = 0
         self._blocked: tuple[Sequence, int] | None = None  # the head of the queue, and the free blocks that were too few
-        self._free_slots = [SlotId(slot) for slot in reversed(range(config.max_num_seqs))]
-        self._fenced: deque[tuple[StepId, list[BlockId], SlotId]] = deque()
         self._last_step = StepId(0)
-        self._completed_step = StepId(0)
-        self._changed: list[int] = []
-        self._running_slots: IntArray | None = None
+        self._running: RunningSet | None = None
         self._eos = np.array(sorted(eos_token_ids), np.int32)
         self._eos_set = frozenset(eos_token_ids)
-        num = config.max_num_seqs
-        self._by_slot: list[Sequence | None] = [None] * num
-        self._computed = np.zeros(num, np.int32)
-        self._committed = np.zeros(num, np.int32)
-        self._registered = np.zeros(num, np.int32)
-        self._pending = np.zeros(num, np.int32)
-        self._limits = np.zeros(num, np.int32)
-        self._epochs = np.zeros(num, np.int64)
-        self._heeds_eos = np.zeros(num, np.bool_)
-        self._has_own_stops = np.zeros(num, np.bool_)
+        self._no_guesses: IntArray = np.zeros(config.max_num_seqs, np.int32)
+        self._no_guesses.setflags(write=False)
 
     # --- from outside ---
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return self._waiting.num_waiting
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        if self.config.enable_prefix_caching:
-            extend_keys(sequence.keys, sequence.root, sequence.prompt, self.config.block_size)
-        sequence.status = Status.WAITING
-        self.num_waiting += 1
-        heappush(self._waiting, sequence)
+        self.prefix_cache.prepare(sequence)
+        self._waiting.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; idempotent. Its blocks and slot are free once no step names them."""
         if sequence.status is Status.RUNNING:
             self._leave(sequence)
-        elif sequence.status in (Status.WAITING, Status.PARKED):
-            self.num_waiting -= 1
+        elif sequence.status is not Status.FINISHED:
+            self._waiting.remove(sequence)
             if self._blocked is not None and self._blocked[0] is sequence:
                 self._blocked = None
         sequence.status = Status.FINISHED
+
+    def rekey(self, sequence: Sequence, key: tuple[int, int, int]) -> None:
+        """Give a sequence another place in the order."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            sequence.key = key
+            insort(self.running, sequence)
+            self._running = None
+        else:
+            self._waiting.rekey(sequence, key)
+        self._blocked = None
 
     def has_work(self) -> bool:
         """Whether a sequence waits or runs."""
@@ -134,16 +103,27 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix; False, and nothing is done, while a sequence runs."""
-        if self.running or self._fenced:
+        if self.running or self._table.fenced:
             return False
         self.pool.reset_cache()
         return True
 
     # --- a step ---
 
+    def wants_guesses(self) -> bool:
+        """Whether guesses are to be made for a running sequence, so that its token must be known before it runs again."""
+        if self.speculator is None or not self.running:
+            return False
+        slots = self._running_now().slots
+        known = self.state.num_tokens[slots]
+        decoding = (self._table.computed[slots] + 1 >= known) & (known + 1 < self._table.limits[slots])
+        return bool((self.speculator.num_wanted(slots, known) * decoding).any())
+
     def schedule(self) -> ScheduledStep | None:
         """The next step, None if nothing can run now."""
         self.last_admitted = []
+        if self.config.scheduling_policy == "priority":
+            self._make_room()
         preemptions = self.num_preemptions
         slots, lens = self._plan_running()
         if self.num_waiting and self.num_preemptions == preemptions:
@@ -153,44 +133,44 @@ class Scheduler:
                 lens = np.concatenate([lens, np.array(new_lens, np.int32)])
         if len(slots) == 0:
             return None
-        return self._build(slots, lens)
+        num_draft = self._no_guesses[: len(slots)] if self.speculator is None else self._guess(self.speculator, slots, lens)
+        return self._build(slots, lens, num_draft)
 
     def commit(self, step: ScheduledStep, output: BatchOutput) -> Committed:
         """Take in what a step gave. Steps are committed in the order in which they were scheduled."""
-        batch, state = step.batch, self.state
-        self._complete(batch.step_id)
-        if self._most_running < self.config.max_num_seqs:
-            self._steps_at_most += 1
-            if self._steps_at_most == STEPS_TO_ONE_MORE:
-                self._most_running, self._steps_at_most = self._most_running + 1, 0
-        alive = self._epochs[batch.slots] == step.epochs
-        slots = batch.slots[alive]
-        self._committed[slots] = (batch.num_computed + step.lens)[alive]
+        batch, state, table = step.batch, self.state, self._table
+        table.complete(batch.step_id)
+        self._allow_one_more()
+        alive = table.epochs[batch.slots] == step.epochs
+        table.committed[batch.slots[alive]] = step.ends[alive]
         if output.prompt_logprobs:
             self._take_prompt_logprobs(batch, alive, output)
-        rows = np.flatnonzero(alive & batch.sample)
-        tokens, at = output.token_ids[rows, 0], batch.slots[rows]
+        goes_on = alive & batch.sample
+        rows = np.flatnonzero(goes_on)
+        steady = step.running if len(rows) == batch.num_rows else None
+        by_slot = cast("list[Sequence]", table.sequences)  # the slots of rows that are alive have one
+        at = batch.slots if steady else batch.slots[rows]
+        sequences = steady.sequences if steady else [by_slot[slot] for slot in at.tolist()]
+        tokens = output.token_ids[:, 0] if steady else output.token_ids[rows, 0]
         lengths = state.num_tokens[at]
+        is_first = lengths == state.num_prompt_tokens[at]
         state.token_ids[at, lengths] = tokens
         state.num_tokens[at] = lengths + 1
-        self._pending[at] -= 1
-        by_slot = cast("list[Sequence]", self._by_slot)  # the slots of rows that are alive have one
-        advanced = [by_slot[slot] for slot in at.tolist()]
-        for sequence, token in zip(advanced, tokens.tolist(), strict=True):
+        table.pending[at] -= 1
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
             sequence.completion.token_ids.append(token)
+        num_new = len(rows)
+        if step.has_guesses:
+            tokens = tokens.copy()
+            num_new += self._take_guesses(step, output, rows, lengths, tokens)
         if output.logprobs:
-            for row, sequence in zip(rows.tolist(), advanced, strict=True):
+            for row, sequence, before in zip(rows.tolist(), sequences, lengths.tolist(), strict=True):
                 if row in output.logprobs:
-                    _add_logprobs(sequence, output.logprobs[row])
-        if self.config.enable_prefix_caching:
-            self._register(slots)
-        ended = lengths + 1 >= self._limits[at]
-        if len(self._eos):
-            ended |= (tokens[:, None] == self._eos).any(axis=1) & self._heeds_eos[at]
-        ended |= self._has_own_stops[at]
-        for row in np.flatnonzero(ended).tolist():
-            self._maybe_end(advanced[row], int(tokens[row]))
-        return Committed(advanced, at, lengths == state.num_prompt_tokens[at])
+                    _add_logprobs(sequence, output.logprobs[row][: sequence.num_tokens - before])
+        if self.prefix_cache.enabled:
+            self._register(batch.slots if steady else batch.slots[alive])
+        outputs = steady.outputs if steady else _outputs(sequences)
+        return Committed(sequences, outputs, at, num_new, is_first, self._end_some(sequences, at, tokens))
 
     def rewind(self, steps: list[ScheduledStep]) -> list[Sequence]:
         """Undo steps that failed: what they were to compute will run again. They must be all that is under way.
@@ -199,23 +179,25 @@ class Scheduler:
             The sequences that were in the first of them.
         """
         failed: list[Sequence] = []
+        table = self._table
         for step in reversed(steps):
             batch = step.batch
             for row, slot in enumerate(batch.slots.tolist()):
-                sequence = self._by_slot[slot]
-                if sequence is None or self._epochs[slot] != step.epochs[row]:
+                sequence = table.sequences[slot]
+                if sequence is None or table.epochs[slot] != step.epochs[row]:
                     continue
-                self._computed[slot] = batch.num_computed[row]
-                self._pending[slot] -= int(batch.sample[row])
-                sequence.failed_at = max(sequence.failed_at, int(batch.num_computed[row] + step.lens[row]))
+                table.computed[slot] = batch.num_computed[row]
+                table.pending[slot] -= int(batch.sample[row])
+                table.guessed[slot] = 0
+                sequence.failed_at = max(sequence.failed_at, int(step.ends[row] - batch.num_draft[row]))
                 if step is steps[0]:
                     failed.append(sequence)
-        self._complete(self._last_step)
+        table.complete(self._last_step)
         return failed
 
     def got_past_failure(self, sequence: Sequence) -> bool:
         """Whether a sequence has computed what it once failed on."""
-        return sequence.slot is not None and int(self._committed[sequence.slot]) >= sequence.failed_at
+        return sequence.slot is not None and int(self._table.committed[sequence.slot]) >= sequence.failed_at
 
     def give_way(self) -> None:
         """The device is out of memory: the later half of the running sequences waits, and few are let in for a while."""
@@ -227,23 +209,29 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks and slot, and queue it again."""
         self._leave(sequence)
-        sequence.status = Status.WAITING
-        self.num_waiting += 1
         self.num_preemptions += 1
         sequence.request.output.metrics.num_preemptions += 1
-        heappush(self._waiting, sequence)
+        self._waiting.add(sequence)
 
     # --- planning ---
 
+    def _running_now(self) -> RunningSet:
+        if self._running is None:
+            self._running = RunningSet(
+                np.array([sequence.slot for sequence in self.running], np.int32),
+                list(self.running),
+                tuple([sequence.seq_id for sequence in self.running]),
+                _outputs(self.running),
+            )
+        return self._running
+
     def _plan_running(self) -> tuple[IntArray, IntArray]:
         """Slots and how many tokens each runs, with blocks for them."""
-        if self._running_slots is None:
-            self._running_slots = np.array([sequence.slot for sequence in self.running], np.int32)
-        slots = self._running_slots
-        known = self.state.num_tokens[slots] + self._pending[slots]
-        computed = self._computed[slots]
+        table, slots = self._table, self._running_now().slots
+        pending, computed = table.pending[slots], table.computed[slots]
+        known = self.state.num_tokens[slots] + pending
         lens = known - computed
-        lens[known >= self._limits[slots]] = 0  # its last token is on the way
+        lens[(known >= table.limits[slots]) | (table.waits[slots] & (pending > 0))] = 0  # its token is on the way
         if (lens > 1).any():
             self._share_budget(lens)
         missing = -(-(computed + lens) // self.config.block_size) - self.state.num_blocks[slots]
@@ -261,57 +249,100 @@ class Scheduler:
             lens[row] = min(int(lens[row]), budget, most)
             budget -= int(lens[row])
 
-    def _take_blocks(self, rows: IntArray | LongArray, missing: IntArray, lens: IntArray) -> None:
+    def _take_blocks(self, rows: LongArray, missing: IntArray, lens: IntArray) -> None:
         """Blocks for these rows, in order; who comes last gives way."""
         for row in rows.tolist():
             if row >= len(self.running):
                 break  # preempted below, as are all after it
             sequence, need = self.running[row], int(missing[row])
             while self.pool.num_free < need and lens[row]:
-                if self._fenced:
+                if self._table.fenced:
                     lens[row] = 0  # blocks come back when the steps under way are done: sit this one out
                 else:
                     lens[len(self.running) - 1] = 0
                     self.preempt(self.running[-1])
             if lens[row]:
-                self._grow(sequence, need)
+                self._table.grow(sequence, need)
 
-    def _grow(self, sequence: Sequence, need: int) -> None:
-        assert sequence.slot is not None
-        for _ in range(need):
-            block = self.pool.allocate()
-            assert block is not None
-            self.state.block_tables[sequence.slot, len(sequence.blocks)] = block
-            sequence.blocks.append(block)
-        self.state.num_blocks[sequence.slot] = len(sequence.blocks)
+    def _guess(self, speculator: Speculator, slots: IntArray, lens: IntArray) -> IntArray:
+        """Guesses for rows that decode, in what is left of the budget and of the free blocks; adds to ``lens``.
+
+        Returns:
+            int32 ``[len(slots)]``, how many each row has. They stand in the state behind its known tokens.
+        """
+        state, table = self.state, self._table
+        known = state.num_tokens[slots]
+        rows = np.flatnonzero((lens == 1) & (table.pending[slots] == 0) & (table.computed[slots] + 1 == known))
+        if len(rows) == 0:
+            return self._no_guesses[: len(slots)]
+        known, at = known[rows], slots[rows]
+        wanted = speculator.num_wanted(at, known)
+        most = np.minimum(wanted.max(axis=0), table.limits[at] - known - 1)
+        left = self.config.max_num_batched_tokens - int(lens.sum())
+        most = np.clip(left - (np.cumsum(most) - most), 0, most)
+        by_slot = cast("list[Sequence]", table.sequences)
+        for i in np.flatnonzero(most).tolist():
+            most[i] = self._make_place(by_slot[at[i]], int(known[i]), int(most[i]))
+        some = np.flatnonzero(most)
+        if len(some) == 0:
+            return self._no_guesses[: len(slots)]
+        sequences = [by_slot[slot] for slot in at[some].tolist()]
+        asked = DraftRows(
+            state=state,
+            slots=at[some],
+            seq_ids=tuple([sequence.seq_id for sequence in sequences]),
+            num_wanted=most[some],
+            roots=[sequence.root for sequence in sequences],
+            keys=[sequence.keys for sequence in sequences],
+        )
+        num_draft = np.zeros(len(slots), np.int32)
+        for i, guess in zip(some.tolist(), speculator.propose(asked, wanted[:, some]), strict=True):
+            state.token_ids[at[i], known[i] : known[i] + len(guess)] = guess
+            num_draft[rows[i]] = len(guess)
+        lens += num_draft
+        return num_draft
+
+    def _make_place(self, sequence: Sequence, known: int, most: int) -> int:
+        """Blocks for ``most`` guesses, or fewer: nobody gives way for them."""
+        size = self.config.block_size
+        need = -(-(known + most) // size) - len(sequence.blocks)
+        if need > 0:
+            self._table.grow(sequence, min(need, self.pool.num_free))
+        return min(most, len(sequence.blocks) * size - known)
 
     # --- admission ---
+
+    def _make_room(self) -> None:
+        """A waiting sequence of a better priority takes the place of the last that runs."""
+        while self.running and not self._table.fenced:
+            head, last = self._waiting.head(), self.running[-1]
+            if head is None or head > last or head.request.priority >= last.request.priority:
+                return
+            if self._table.free and self._fits(head, self.prefix_cache.match(head)[0]):
+                return
+            self.preempt(last)
 
     def _admit(self, budget: int) -> tuple[list[int], list[int]]:
         """Take waiting sequences in, in order, while there is budget, a slot, and room for all their known tokens."""
         slots: list[int] = []
         lens: list[int] = []
-        while budget > 0 and self._free_slots and self._waiting and len(self.running) < self._most_running:
-            sequence = self._waiting[0]
-            if sequence.status is not Status.WAITING:
-                heappop(self._waiting)
-                continue
+        while budget > 0 and self._table.free and len(self.running) < self._most_running:
+            sequence = self._waiting.head()
+            if sequence is None:
+                break
             if self.running and (sequence.num_failures >= ALONE_AFTER or self.running[0].num_failures >= ALONE_AFTER):
                 break
             if self._blocked is not None and self._blocked[0] is sequence and self.pool.num_free <= self._blocked[1]:
                 break
-            hits, awaited = self._match(sequence)
+            hits, awaited = self.prefix_cache.match(sequence)
             if awaited is not None:
-                heappop(self._waiting)
-                sequence.status = Status.PARKED
-                self._parked.setdefault(awaited, []).append(sequence)
+                self._waiting.park(sequence, awaited)
                 continue
-            need = -(-sequence.num_tokens // self.config.block_size) - len(hits)
-            if need + sum(map(self.pool.is_free, hits)) > self.pool.num_free:
+            if not self._fits(sequence, hits):
                 self._blocked = (sequence, self.pool.num_free)
                 break
-            heappop(self._waiting)
-            self._enter(sequence, hits, need)
+            self._waiting.take(sequence)
+            self._enter(sequence, hits)
             cached = len(hits) * self.config.block_size
             chunk = min(sequence.num_tokens - cached, budget, self.config.long_prefill_token_threshold or budget)
             assert sequence.slot is not None
@@ -320,172 +351,173 @@ class Scheduler:
             budget -= chunk
         return slots, lens
 
-    def _match(self, sequence: Sequence) -> tuple[list[BlockId], bytes | None]:
-        """The cached blocks of its prefix, and the key of the block after them if another sequence is computing that."""
-        if not self.config.enable_prefix_caching or sequence.params.prompt_logprobs is not None:
-            return [], None
-        hits: list[BlockId] = []
-        # At least one token must run, to give logits.
-        for key in sequence.keys[: (sequence.num_tokens - 1) // self.config.block_size]:
-            block = self.pool.lookup(key)
-            if block is None:
-                return hits, key if key in self._computing else None
-            hits.append(block)
-        return hits, None
+    def _num_missing(self, sequence: Sequence, hits: list[BlockId]) -> int:
+        return -(-sequence.num_tokens // self.config.block_size) - len(hits)
 
-    def _enter(self, sequence: Sequence, hits: list[BlockId], need: int) -> None:
-        """Give a waiting sequence a slot, its cached blocks and ``need`` new ones."""
-        slot = sequence.slot = self._free_slots.pop()
-        state, params = self.state, sequence.params
-        known, cached = sequence.num_tokens, len(hits) * self.config.block_size
-        for block in hits:
-            self.pool.hold(block)
-        sequence.blocks = list(hits)
-        state.block_tables[slot, : len(hits)] = hits
-        self._grow(sequence, need)
-        num_prompt = len(sequence.prompt)
-        state.token_ids[slot, :num_prompt] = sequence.prompt
-        state.token_ids[slot, num_prompt:known] = sequence.completion.token_ids
-        state.num_tokens[slot], state.num_prompt_tokens[slot] = known, num_prompt
-        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
-            getattr(state, name)[slot] = getattr(params, name)
-        state.top_k[slot] = max(params.top_k, 0)
-        state.seed[slot] = sequence.seed
-        # The prompt is the same for every choice: the first reports on it.
-        first = sequence.completion.index == 0
-        state.params[slot] = params if first else msgspec.structs.replace(params, prompt_logprobs=None)
-        state.stop_token_ids[slot] = sequence.stop_token_ids
-        self._by_slot[slot] = sequence
-        self._computed[slot] = self._committed[slot] = cached
-        self._pending[slot] = 0
-        self._limits[slot] = sequence.limit
-        self._registered[slot] = sequence.num_registered = len(hits)
-        self._heeds_eos[slot] = not params.ignore_eos
-        self._has_own_stops[slot] = bool(params.stop_token_ids)
-        self._changed.append(slot)
+    def _fits(self, sequence: Sequence, hits: list[BlockId]) -> bool:
+        return self._num_missing(sequence, hits) + sum(map(self.pool.is_free, hits)) <= self.pool.num_free
+
+    def _enter(self, sequence: Sequence, hits: list[BlockId]) -> None:
+        """Let a sequence that fits run."""
+        self._table.enter(sequence, hits, self._num_missing(sequence, hits))
         self._blocked = None
-        if self.config.enable_prefix_caching:
-            for key in sequence.keys[len(hits) :]:
-                self._computing.setdefault(key, sequence)
+        self.prefix_cache.admit(sequence, len(hits))
         sequence.status = Status.RUNNING
-        self.num_waiting -= 1
         insort(self.running, sequence)
-        self._running_slots = None
+        self._running = None
         if not sequence.was_admitted:
             sequence.was_admitted = True
-            self.cache_stats.num_queried_tokens += num_prompt
-            self.cache_stats.num_hit_tokens += min(cached, num_prompt)
-            if first:
+            if sequence.completion.index == 0:
+                cached = len(hits) * self.config.block_size
                 sequence.request.output.num_cached_tokens = cached
                 sequence.request.output.metrics.num_cached_tokens = cached
             self.last_admitted.append(sequence)
 
-    # --- leaving ---
-
     def _leave(self, sequence: Sequence) -> None:
-        """Out of the running set. Steps under way may still name the slot and the blocks, so these wait for them."""
-        slot = sequence.slot
-        assert slot is not None
+        """Out of the running set."""
+        assert sequence.slot is not None
         self.running.remove(sequence)
-        self._running_slots = None
-        self._epochs[slot] += 1
-        self._by_slot[slot] = None
-        self.state.params[slot] = None
-        if self.config.enable_prefix_caching:
-            for key in sequence.keys[sequence.num_registered :]:
-                if self._computing.get(key) is sequence:
-                    del self._computing[key]
-                    self._wake(key)
-        self._fenced.append((self._last_step, sequence.blocks[::-1], slot))
-        sequence.blocks, sequence.slot = [], None
-        self._release_fenced()
-
-    def _complete(self, step_id: StepId) -> None:
-        self._completed_step = step_id
-        self._release_fenced()
-
-    def _release_fenced(self) -> None:
-        while self._fenced and self._fenced[0][0] <= self._completed_step:
-            _, blocks, slot = self._fenced.popleft()
-            self.pool.release(blocks)
-            self._free_slots.append(slot)
+        self._running = None
+        if self.speculator is not None:
+            self.speculator.forget(self.state, sequence.slot, sequence.root)
+        self.prefix_cache.leave(sequence)
+        self._table.leave(sequence, self._last_step)
 
     # --- building and committing ---
 
-    def _build(self, slots: IntArray, lens: IntArray) -> ScheduledStep:
-        state = self.state
-        computed = self._computed[slots]
-        pending = self._pending[slots]
+    def _build(self, slots: IntArray, lens: IntArray, num_draft: IntArray) -> ScheduledStep:
+        state, table = self.state, self._table
+        computed, pending = table.computed[slots], table.pending[slots]
         ends = computed + lens
-        sample = ends == state.num_tokens[slots] + pending
+        sample = ends - num_draft == state.num_tokens[slots] + pending
         query_start = np.zeros(len(slots) + 1, np.int32)
         np.cumsum(lens, out=query_start[1:])
         token_ids = np.empty(int(query_start[-1]), np.int32)
         # A row of one token; one whose token is still on the device says so.
         token_ids[query_start[:-1]] = np.where(pending > 0, LAST_SAMPLED, state.token_ids[slots, computed])
-        for row in np.flatnonzero(lens > 1).tolist():
-            chunk = state.token_ids[slots[row], computed[row] : ends[row]]
-            token_ids[query_start[row] : query_start[row + 1]] = chunk
+        if len(token_ids) > len(slots):
+            for row in np.flatnonzero(lens > 1).tolist():
+                chunk = state.token_ids[slots[row], computed[row] : ends[row]]
+                token_ids[query_start[row] : query_start[row + 1]] = chunk
         self._last_step = StepId(self._last_step + 1)
-        by_slot = cast("list[Sequence]", self._by_slot)
+        running = self._running_now()
+        steady = running if slots is running.slots else None
+        by_slot = cast("list[Sequence]", table.sequences)
         batch = Batch(
             step_id=self._last_step,
             state=state,
             slots=slots,
-            seq_ids=tuple([by_slot[slot].seq_id for slot in slots.tolist()]),
+            seq_ids=steady.seq_ids if steady else tuple([by_slot[slot].seq_id for slot in slots.tolist()]),
             token_ids=token_ids,
             query_start=query_start,
             num_computed=computed,
             sample=sample,
-            num_draft=np.zeros(len(slots), np.int32),
-            changed_slots=np.array(self._changed, np.int32),
+            num_draft=num_draft,
+            changed_slots=np.array(table.changed, np.int32),
         )
-        self._changed = []
-        self._computed[slots] = ends
-        self._pending[slots] += sample
-        return ScheduledStep(batch, lens, self._epochs[slots])
+        table.changed = []
+        table.computed[slots] = ends
+        table.pending[slots] += sample
+        has_guesses = self.speculator is not None and bool(num_draft.any())
+        if has_guesses:
+            table.guessed[slots] = num_draft
+        return ScheduledStep(batch, ends, table.epochs[slots], steady, has_guesses)
+
+    def _take_guesses(
+        self, step: ScheduledStep, output: BatchOutput, rows: LongArray, lengths: IntArray, tokens: IntArray
+    ) -> int:
+        """Take in the tokens after the first of rows whose guesses were right, and bring ``computed`` back to what was.
+
+        Args:
+            rows: Of the batch, those that go on.
+            lengths: int32 ``[len(rows)]``, tokens that each had before.
+            tokens: int32 ``[len(rows)]``, the first token of each; becomes the last that was taken.
+
+        Returns:
+            Tokens taken.
+        """
+        batch, state, table, taken = step.batch, self.state, self._table, 0
+        guessed = np.flatnonzero(batch.num_draft[rows])
+        num_right = (output.token_ids[rows[guessed]] >= 0).sum(axis=1).astype(np.int32) - 1
+        for i, right in zip(guessed.tolist(), num_right.tolist(), strict=True):
+            slot, before = batch.slots[rows[i]], int(lengths[i])
+            sequence = table.sequences[slot]
+            assert sequence is not None
+            more = output.token_ids[rows[i], 1 : right + 1].tolist()
+            own = sequence.completion.token_ids
+            last = own[-1]
+            for token in more:
+                if self._end_reason(sequence, last) is not None:
+                    break  # the model went on behind the end
+                own.append(last := token)
+            num = sequence.num_tokens - before
+            state.token_ids[slot, before : before + num] = own[-num:]
+            state.num_tokens[slot] = before + num
+            table.computed[slot] = table.committed[slot] = before + num - 1
+            table.guessed[slot] = 0
+            tokens[i] = last
+            taken += num - 1
+            metrics = sequence.request.output.metrics
+            metrics.num_draft_tokens += int(batch.num_draft[rows[i]])
+            metrics.num_accepted_tokens += right
+            self.num_accepted_per_pos[:right] += 1
+        if len(guessed):
+            at, num_draft = batch.slots[rows[guessed]], batch.num_draft[rows[guessed]]
+            self.num_drafts += len(guessed)
+            self.num_draft_tokens += int(num_draft.sum())
+            assert self.speculator is not None
+            self.speculator.observe(at, num_draft, num_right, state.num_tokens[at])
+        return taken
 
     def _register(self, slots: IntArray) -> None:
         """Let others find the blocks that are full by now."""
-        block_size = self.config.block_size
-        full = self._committed[slots] // block_size
-        for row in np.flatnonzero(full > self._registered[slots]).tolist():
+        block_size, table = self.config.block_size, self._table
+        full = table.committed[slots] // block_size
+        for row in np.flatnonzero(full > table.registered[slots]).tolist():
             slot = int(slots[row])
-            sequence = self._by_slot[slot]
+            sequence = table.sequences[slot]
             assert sequence is not None
-            end = int(full[row])
-            extend_keys(sequence.keys, sequence.root, self.state.token_ids[slot, : end * block_size], block_size)
-            for i in range(sequence.num_registered, end):
-                key = sequence.keys[i]
-                self.pool.register(sequence.blocks[i], key)
-                if self._computing.get(key) is sequence:
-                    del self._computing[key]
-                    self._wake(key)
-            self._registered[slot] = sequence.num_registered = end
+            self.prefix_cache.register(sequence, self.state.token_ids[slot, : int(full[row]) * block_size])
+            table.registered[slot] = full[row]
 
-    def _wake(self, key: bytes) -> None:
-        for sequence in self._parked.pop(key, ()):
-            if sequence.status is Status.PARKED:
-                sequence.status = Status.WAITING
-                heappush(self._waiting, sequence)
+    def _end_some(self, sequences: list[Sequence], at: IntArray, tokens: IntArray) -> list[Sequence]:
+        """End those of the sequences whose last tokens say so."""
+        table = self._table
+        maybe = self.state.num_tokens[at] >= table.limits[at]
+        if len(self._eos):
+            maybe |= (tokens[:, None] == self._eos).any(axis=1) & table.heeds_eos[at]
+        maybe |= table.has_own_stops[at]
+        ended = []
+        for row in np.flatnonzero(maybe).tolist():
+            sequence, token = sequences[row], int(tokens[row])
+            reason = self._end_reason(sequence, token)
+            if reason is not None:
+                sequence.completion.stop_reason = reason[1]  # before the reason, which others look at to see the end
+                sequence.completion.finish_reason = reason[0]
+                self.finish(sequence)
+                ended.append(sequence)
+        return ended
 
-    def _maybe_end(self, sequence: Sequence, token: int) -> None:
-        """End a sequence whose last token is ``token``, if it does end with it."""
-        completion, params = sequence.completion, sequence.params
-        long_enough = len(completion.token_ids) >= params.min_tokens
-        if long_enough and token in self._eos_set and not params.ignore_eos:
-            completion.finish_reason = "stop"
-        elif long_enough and params.stop_token_ids and token in params.stop_token_ids:
-            completion.finish_reason, completion.stop_reason = "stop", token
-        elif sequence.num_tokens >= sequence.limit:
-            completion.finish_reason = "length"
-        else:
-            return
-        self.finish(sequence)
+    def _end_reason(self, sequence: Sequence, token: int) -> tuple[FinishReason, int | None] | None:
+        """Why a sequence whose last token is ``token`` ends with it, and with which stop token; None: it goes on."""
+        params = sequence.params
+        if len(sequence.completion.token_ids) >= params.min_tokens:
+            if token in self._eos_set and not params.ignore_eos:
+                return "stop", None
+            if params.stop_token_ids and token in params.stop_token_ids:
+                return "stop", token
+        return ("length", None) if sequence.num_tokens >= sequence.limit else None
+
+    def _allow_one_more(self) -> None:
+        """A step succeeded: after enough of them the device's memory may be tried again."""
+        if self._most_running < self.config.max_num_seqs:
+            self._steps_at_most += 1
+            if self._steps_at_most == STEPS_TO_ONE_MORE:
+                self._most_running, self._steps_at_most = self._most_running + 1, 0
 
     def _take_prompt_logprobs(self, batch: Batch, alive: BoolArray, output: BatchOutput) -> None:
         for row, entries in output.prompt_logprobs.items():
-            sequence = self._by_slot[int(batch.slots[row])]
+            sequence = self._table.sequences[int(batch.slots[row])]
             if not alive[row] or sequence is None or sequence.request.output.prompt_logprobs is None:
                 continue
             first = int(batch.num_computed[row]) + 1
@@ -499,37 +531,22 @@ class Scheduler:
         Raises:
             AssertionError: One does not hold; the message says which.
         """
-        state, block_size = self.state, self.config.block_size
-        self.pool.check_integrity([*(s.blocks for s in self.running), *(blocks for _, blocks, _ in self._fenced)])
         assert self.running == sorted(self.running), "the running set is out of order"
-        slots = [sequence.slot for sequence in self.running]
-        fenced = [slot for _, _, slot in self._fenced]
-        every = sorted([*slots, *fenced, *self._free_slots])  # type: ignore[type-var]
-        assert every == list(range(self.config.max_num_seqs)), f"a slot is lost or taken twice: {every}"
-        waiting = {s.seq_id for s in self._waiting if s.status is Status.WAITING}
-        parked = {s.seq_id for group in self._parked.values() for s in group if s.status is Status.PARKED}
-        assert len(waiting) + len(parked) == self.num_waiting, "a sequence is in two queues or in none"
-        assert not waiting & parked
-        assert parked <= {s.seq_id for k, g in self._parked.items() if k in self._computing for s in g}, "nobody wakes one"
-        for sequence in self.running:
-            slot = sequence.slot
-            assert slot is not None
-            assert sequence.status is Status.RUNNING
-            assert self._by_slot[slot] is sequence
-            known = int(state.num_tokens[slot])
-            assert known == sequence.num_tokens < sequence.limit
-            assert known + self._pending[slot] <= sequence.limit
-            assert 0 <= self._committed[slot] <= self._computed[slot] <= known + self._pending[slot]
-            assert len(sequence.blocks) * block_size >= self._computed[slot], "computed tokens without a block"
-            assert state.block_tables[slot, : len(sequence.blocks)].tolist() == sequence.blocks
-            assert state.num_blocks[slot] == len(sequence.blocks)
-            assert sequence.num_registered * block_size <= self._committed[slot], "a block is known before it is computed"
-            tokens = [*sequence.prompt.tolist(), *sequence.completion.token_ids]
-            assert state.token_ids[slot, :known].tolist() == tokens
+        assert all(sequence.status is Status.RUNNING for sequence in self.running)
+        assert len(self.running) <= self.config.max_num_seqs
+        self._table.check_integrity(self.running)
+        self.prefix_cache.check_integrity(self.running)
+        self._waiting.check_integrity(self.prefix_cache.is_computing)
+        if self._running is not None:
+            assert self._running.sequences == self.running
         if not self.has_work():
-            assert not self._computing
-            fenced_blocks = {block for _, blocks, _ in self._fenced for block in blocks}
-            assert self.pool.num_free + len(fenced_blocks) == self.pool.num_blocks, "an empty engine holds blocks"
+            fenced = {block for _, blocks, _ in self._table.fenced for block in blocks}
+            assert self.pool.num_free + len(fenced) == self.pool.num_blocks, "an empty engine holds blocks"
+
+
+def _outputs(sequences: list[Sequence]) -> list[RequestOutput]:
+    """Of their requests, each once: choices of one request are reported together."""
+    return list({id(sequence.request): sequence.request.output for sequence in sequences}.values())
 
 
 def _add_logprobs(sequence: Sequence, entries: list[TokenLogprobs]) -> None:

@@ -13,6 +13,15 @@ from vllm_traits.ids import BlockId, SeqId, SlotId
 from vllm_traits.sampling_params import SamplingParams
 
 
+def queue_key(arrival: int, index: int, priority: int, aging: int) -> tuple[int, int, int]:
+    """The order of choice ``index`` of the request that came as number ``arrival``.
+
+    A level of priority is worth ``aging`` arrivals: a request is overtaken by at most that many later ones for each level
+    between them, so none waits for ever. 0: levels are strict.
+    """
+    return (arrival + priority * aging, arrival, index) if aging else (priority, arrival, index)
+
+
 class Status(Enum):
     """The one queue that a sequence is in."""
 
@@ -43,7 +52,7 @@ class Sequence:
     """One choice.
 
     Attributes:
-        key: Its place in every queue: (priority, arrival, choice). Lower runs first and is preempted last.
+        key: Its place in every queue, see :func:`queue_key`. Lower runs first and is preempted last.
         prompt: int32 ``[num_prompt_tokens]``.
         limit: Length in tokens at which it ends.
         seed: Of its noise.
@@ -54,6 +63,9 @@ class Sequence:
         num_registered: Blocks, from the first, that the cache knows or knew.
         num_failures: Steps with it that failed without its getting past the place since.
         failed_at: That place, in computed tokens.
+        awaits: The prefix key that it is parked for.
+        num_passed: How often one behind it in the queue was let in before it.
+        num_hits: Its leading blocks that were cached when it was last looked at, a hint.
     """
 
     seq_id: SeqId
@@ -73,6 +85,9 @@ class Sequence:
     num_failures: int = 0
     failed_at: int = 0
     was_admitted: bool = False
+    awaits: bytes | None = None
+    num_passed: int = 0
+    num_hits: int = 0
 
     @property
     def params(self) -> SamplingParams:

@@ -1,31 +1,44 @@
 """Grouped-query attention over the paged cache, in torch.
 
-A step's rows are split once, for all layers: rows of one token (decode) are batched by similar length, longer rows run one by
-one.
+A step's rows are split once, for all layers: rows of one token (decode) or a few (a token and guesses) are batched by similar
+length, longer rows run one by one.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from vllm_model.kv_cache import PagedKvCache
 from vllm_traits.batch import Batch
 
+FEW_TOKENS = 17
+"""Rows of at most so many tokens are batched: a token and 16 guesses."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Rows of one token with similar lengths.
+    """Rows of few tokens with similar lengths. A row with fewer tokens than ``width`` repeats its last one::
+
+        token_ids   a0 a1 a2 | b0 b1        gather    0 1 2 3 4 4        what attends, [num_seqs * width]
+        width 3                             places    0 1 2 3 4          where the tokens' results are among those
 
     Attributes:
-        tokens: int64 ``[num_seqs]``, their places among the step's tokens; None: all of them in order.
+        tokens: int64 ``[num_tokens]``, the tokens' places in the step; None: all of them in order.
+        num_seqs, width: As above.
+        gather: int64 ``[num_seqs * width]``, places in the step; None: ``tokens``.
+        places: int64 ``[num_tokens]``; None: all of them in order.
         index: Of :meth:`PagedKvCache.read_index`.
-        mask: bool ``[num_seqs, 1, 1, length]``, true where a sequence has a token.
+        mask: bool ``[num_seqs, 1, width, 1, length]``, true where a token sees.
     """
 
     tokens: torch.Tensor | None
     num_seqs: int
+    width: int
+    gather: torch.Tensor | None
+    places: torch.Tensor | None
     index: torch.Tensor
     mask: torch.Tensor
 
@@ -65,25 +78,15 @@ def plan_attention(batch: Batch, cache: PagedKvCache, device: torch.device) -> A
     write_index = cache.write_index(_tensor(blocks, device), _tensor(positions % size, device))
     lengths = batch.num_computed + lens
     num_blocks = -(-lengths // size)
-    single = np.flatnonzero(lens == 1)
-    buckets = np.frexp(num_blocks[single].astype(np.float64))[1]  # within a factor of two of each other
+    few = np.flatnonzero(lens <= FEW_TOKENS)
+    # Within a factor of two of each other, in length and in tokens.
+    kinds = np.stack([np.frexp(num_blocks[few].astype(np.float64))[1], np.frexp(lens[few] - 0.5)[1]], axis=1)
     decode = []
-    for bucket in np.unique(buckets):
-        members = single[buckets == bucket]
-        most = int(num_blocks[members].max())
-        table = np.where(np.arange(most) < num_blocks[members][:, None], tables[batch.slots[members], :most], 0)
-        mask = np.arange(most * size) < lengths[members][:, None]  # [num_seqs, length]
-        everything = len(members) == batch.num_tokens
-        decode.append(
-            DecodeGroup(
-                tokens=None if everything else _tensor(batch.query_start[members], device),
-                num_seqs=len(members),
-                index=cache.read_index(_tensor(table, device)),
-                mask=torch.from_numpy(mask).to(device)[:, None, None, :],
-            )
-        )
+    for kind in np.unique(kinds, axis=0):
+        members = few[(kinds == kind).all(axis=1)]
+        decode.append(_decode_group(batch, cache, device, members))
     prefill = []
-    for row in np.flatnonzero(lens > 1).tolist():
+    for row in np.flatnonzero(lens > FEW_TOKENS).tolist():
         index = mask_ = None
         if batch.num_computed[row]:
             index = cache.read_index(_tensor(tables[batch.slots[row], : num_blocks[row]][None], device))
@@ -91,6 +94,30 @@ def plan_attention(batch: Batch, cache: PagedKvCache, device: torch.device) -> A
             mask_ = torch.from_numpy(seen).to(device)
         prefill.append(PrefillRow(int(batch.query_start[row]), int(batch.query_start[row + 1]), index, mask_))
     return AttentionPlan(write_index, decode, prefill)
+
+
+def _decode_group(batch: Batch, cache: PagedKvCache, device: torch.device, members: npt.NDArray[np.intp]) -> DecodeGroup:
+    tables, size = batch.state.block_tables, cache.block_size
+    lens, starts, computed = batch.query_lens[members], batch.query_start[members], batch.num_computed[members]
+    num_blocks = -(-(computed + lens) // size)
+    most, width = int(num_blocks.max()), int(lens.max())
+    table = np.where(np.arange(most) < num_blocks[:, None], tables[batch.slots[members], :most], 0)
+    place = np.minimum(np.arange(width), lens[:, None] - 1)  # [num_seqs, width], the last one repeated
+    gather = starts[:, None] + place
+    mask = np.arange(most * size) <= (computed[:, None] + place)[:, :, None]  # [num_seqs, width, length]
+    real = np.arange(width) < lens[:, None]
+    tokens = gather[real]
+    padded = not real.all()
+    everything = len(tokens) == batch.num_tokens
+    return DecodeGroup(
+        tokens=None if everything else _tensor(tokens, device),
+        num_seqs=len(members),
+        width=width,
+        gather=_tensor(gather.reshape(-1), device) if padded else None,
+        places=_tensor(np.flatnonzero(real), device) if padded else None,
+        index=cache.read_index(_tensor(table, device)),
+        mask=torch.from_numpy(mask).to(device)[:, None, :, None, :],
+    )
 
 
 class GqaAttention:
@@ -125,17 +152,27 @@ class GqaAttention:
             return self.forward_decode(q, plan.decode[0])
         out = torch.empty(len(q), self.num_heads * self.cache.head_dim, dtype=q.dtype, device=q.device)
         for group in plan.decode:
-            out[group.tokens] = self.forward_decode(q[group.tokens], group)
+            if group.tokens is None:
+                return self.forward_decode(q, group)
+            out[group.tokens] = self.forward_decode(q, group)
         for row in plan.prefill:
             part = slice(row.start, row.end)
             out[part] = self.forward_prefill(q[part], k[part], v[part], row)
         return out
 
     def forward_decode(self, q: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
-        """One token of each sequence: q ``[num_seqs, num_heads, head_dim]`` to ``[num_seqs, num_heads * head_dim]``."""
+        """The group's tokens among the step's: q ``[step, num_heads, head_dim]`` to ``[num_tokens, num_heads * head_dim]``."""
         keys, values = self.cache.read(self.layer, group.index, group.num_seqs)
-        grouped = q.view(group.num_seqs, self.num_kv_heads, self.group, -1)
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask).reshape(group.num_seqs, -1)
+        gather = group.tokens if group.gather is None else group.gather
+        if gather is not None:
+            q = q[gather]
+        # The query heads of a group and the tokens of a sequence are rows of one product with its keys.
+        grouped = q.view(group.num_seqs, group.width, self.num_kv_heads, self.group, -1).transpose(1, 2).flatten(2, 3)
+        mask = group.mask.expand(-1, -1, -1, self.group, -1).flatten(2, 3)  # [num_seqs, 1, width * group, length]
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        out = out.view(group.num_seqs, self.num_kv_heads, group.width, self.group, -1).transpose(1, 2)
+        out = out.reshape(group.num_seqs * group.width, -1)
+        return out if group.places is None else out[group.places]
 
     def forward_prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: PrefillRow) -> torch.Tensor:
         """Several tokens of one sequence: q ``[num_tokens, num_heads, head_dim]`` to ``[num_tokens, num_heads * head_dim]``."""
@@ -152,5 +189,5 @@ class GqaAttention:
         return out.permute(2, 0, 1, 3).reshape(num_tokens, -1)
 
 
-def _tensor(array: "np.typing.NDArray[np.generic]", device: torch.device) -> torch.Tensor:
+def _tensor(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device)

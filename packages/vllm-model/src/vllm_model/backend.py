@@ -10,11 +10,12 @@ import torch
 
 from vllm_model.attention import plan_attention
 from vllm_model.decoder import Decoder
-from vllm_model.host_sampling import sample_on_host, wanted_tokens
+from vllm_model.host_sampling import PIECE, sample_in_pieces, wanted_tokens
 from vllm_model.hub import resolve_model
 from vllm_model.kv_cache import PagedKvCache
 from vllm_model.loaders import LoadFormat, load_config, load_weights
 from vllm_model.model_config import ModelConfig
+from vllm_model.verifier import Indices
 from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelBackend, ModelSpec
 from vllm_traits.batch import Batch, BatchOutput, BatchState
 from vllm_traits.errors import BackendError, BackendOutOfMemoryError, ConfigError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from vllm_model.cuda_backend import CudaBackend
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MAX_DRAFT_TOKENS = 16
+"""Most guesses in a row; beyond it even free guesses that are mostly right no longer pay."""
 CPU_KV_CACHE_BYTES = 4 << 30
 """Most that the KV cache takes of main memory unless told otherwise."""
 
@@ -57,6 +60,7 @@ class TorchBackend:
             vocab_size=config.vocab_size,
             max_model_len=max_model_len or config.max_model_len,
             eos_token_ids=config.eos_token_ids,
+            max_draft_tokens=MAX_DRAFT_TOKENS,
         )
         self.decoder: Decoder | None = Decoder(config, weights, self.spec.max_model_len)
         self.device = self.decoder.embedding.device
@@ -74,7 +78,8 @@ class TorchBackend:
         if available is None:
             # The largest step: a few wide activations of each token, and float32 logits with two copies for sampling.
             width = 4 * config.hidden_size + 3 * config.intermediate_size
-            step = max_num_batched_tokens * width * 4 + max_num_seqs * config.vocab_size * 16
+            most = min(PIECE, max_num_batched_tokens)
+            step = max_num_batched_tokens * width * 4 + most * config.vocab_size * 16
             if self.device.type == "cuda":
                 free, total = torch.cuda.mem_get_info(self.device)
                 available = int(free - total * (1 - self._gpu_memory_utilization)) - step
@@ -117,13 +122,18 @@ class TorchBackend:
         lens = batch.query_lens
         positions = np.arange(batch.num_tokens) + np.repeat(batch.num_computed - batch.query_start[:-1], lens)
         wanted, first = wanted_tokens(batch)
-        logits = self.decoder.forward(
+        decoder = self.decoder
+        hidden = decoder.hidden(
             torch.from_numpy(batch.token_ids.astype(np.int64)).to(self.device),
             torch.from_numpy(positions).to(self.device),
             plan_attention(batch, self._cache, self.device),
             None if len(wanted) == batch.num_tokens else torch.from_numpy(wanted).to(self.device),
         )
-        return sample_on_host(batch, logits, first)
+
+        def logits_of(places: Indices) -> torch.Tensor:
+            return decoder.logits(hidden if len(places) == len(hidden) else hidden[torch.from_numpy(places).to(self.device)])
+
+        return sample_in_pieces(batch, logits_of, len(wanted), first)
 
 
 def load_backend(

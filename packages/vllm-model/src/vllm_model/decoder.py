@@ -63,14 +63,20 @@ class Decoder:
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        """Run a step's tokens.
+        """Run a step's tokens: the :meth:`logits` of their :meth:`hidden` states, float32 ``[num_rows, vocab_size]``."""
+        return self.logits(self.hidden(token_ids, positions, plan, rows))
+
+    def hidden(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run a step's tokens through the layers.
 
         Args:
             token_ids, positions: int64 ``[num_tokens]``.
             rows: int64 ``[num_rows]``, the tokens whose logits are wanted; None: all.
 
         Returns:
-            float32 ``[num_rows, vocab_size]``.
+            ``[num_rows, hidden_size]``.
         """
         eps = self.config.rms_norm_eps
         cos, sin = (table[positions][:, None] for table in self.rotary)  # [num_tokens, 1, head_dim / 2]
@@ -85,7 +91,11 @@ class Decoder:
             x = rms_norm(residual, layer.post_norm, eps)
             gate, up = layer.gate_up(x).chunk(2, dim=-1)
             residual = residual + layer.down(F.silu(gate) * up)
-        return self.lm_head(rms_norm(residual, self.norm, eps)).float()
+        return rms_norm(residual, self.norm, eps)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of hidden states ``[num_rows, hidden_size]``: float32 ``[num_rows, vocab_size]``."""
+        return self.lm_head(hidden).float()
 
     def _attend(
         self, index: int, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan

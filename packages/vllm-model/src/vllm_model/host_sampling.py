@@ -1,16 +1,17 @@
 """Tokens and log-probabilities of rows whose logits are on the host's path, the same for every device."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from vllm_model.sampler import adjusts, sample, token_logprobs
+from vllm_model.verifier import Indices, accept_guesses, guess_table, sampled_entries
 from vllm_traits.batch import Batch, BatchOutput, TokenLogprobs
 from vllm_traits.sampling_params import SamplingParams
 
-Indices = npt.NDArray[np.int64]
+PIECE = 256
+"""Tokens whose logits are handled at once: a step with many guesses, or with a prompt to score, has thousands."""
 
 
 def params_of(batch: Batch, row: int) -> SamplingParams:
@@ -41,23 +42,24 @@ def may_need_host(params: SamplingParams) -> bool:
 def needs_host(batch: Batch, row: int) -> bool:
     """Whether a row's logits must be adjusted or reported on, beyond temperature and filters."""
     params, slot = params_of(batch, row), int(batch.slots[row])
-    length = int(batch.num_computed[row] + batch.query_start[row + 1] - batch.query_start[row])
+    num_tokens = int(batch.query_start[row + 1] - batch.query_start[row])
+    # The first entry is the shortest: what min_tokens holds back there may be free behind the guesses.
+    length = int(batch.num_computed[row]) + num_tokens - int(batch.num_draft[row])
     sampled = bool(batch.sample[row]) and (params.logprobs is not None or adjusts(params, batch.state, slot, length))
     return sampled or scores_prompt(batch, row)
 
 
 def wanted_tokens(batch: Batch) -> tuple[Indices, Indices]:
-    """Which of the step's tokens need logits, and where each row's begin among them."""
-    wanted: list[int] = []
-    first: list[int] = []
-    for row in range(batch.num_rows):
-        start, end = int(batch.query_start[row]), int(batch.query_start[row + 1])
-        first.append(len(wanted))
-        if scores_prompt(batch, row):
-            wanted.extend(range(start, end))
-        elif batch.sample[row]:
-            wanted.append(end - 1)
-    return np.array(wanted, np.int64), np.array(first, np.int64)
+    """Which of the step's tokens need logits, and where each row's begin among them: int64 ``[num_wanted]``, ``[num_rows]``."""
+    wanted = sampled_entries(batch).tokens
+    scored = _scored_rows(batch)
+    if scored:
+        needed = np.zeros(batch.num_tokens, np.bool_)
+        needed[wanted] = True
+        for row in scored:
+            needed[batch.query_start[row] : batch.query_start[row + 1]] = True
+        wanted = np.flatnonzero(needed)
+    return wanted, np.searchsorted(wanted, batch.query_start[:-1])
 
 
 def sample_on_host(batch: Batch, logits: torch.Tensor, first: Indices, pending: Mapping[int, int] | None = None) -> BatchOutput:
@@ -69,27 +71,71 @@ def sample_on_host(batch: Batch, logits: torch.Tensor, first: Indices, pending: 
         first: Of :func:`wanted_tokens`.
         pending: By row, the token that ``LAST_SAMPLED`` stands for.
     """
-    prompt_logprobs = {
-        row: _prompt_logprobs(batch, row, logits[first[row] :]) for row in range(batch.num_rows) if scores_prompt(batch, row)
-    }
-    rows = np.flatnonzero(batch.sample)
-    tokens = np.full((batch.num_rows, 1), -1, np.int32)
+
+    def logits_of(places: Indices) -> torch.Tensor:
+        return logits if len(places) == len(logits) else logits[torch.from_numpy(places).to(logits.device)]
+
+    return sample_in_pieces(batch, logits_of, len(logits), first, pending)
+
+
+def sample_in_pieces(
+    batch: Batch,
+    logits_of: Callable[[Indices], torch.Tensor],
+    num_wanted: int,
+    first: Indices,
+    pending: Mapping[int, int] | None = None,
+) -> BatchOutput:
+    """All that a step gives, with the logits of at most ``PIECE`` tokens in memory at once.
+
+    Args:
+        batch: The step.
+        logits_of: From places among the wanted tokens, int64 ``[n]``, to their logits, float32 ``[n, vocab_size]``, a tensor
+            that may be changed.
+        num_wanted: How many :func:`wanted_tokens` there are.
+        first: Of :func:`wanted_tokens`.
+        pending: By row, the token that ``LAST_SAMPLED`` stands for.
+    """
+    prompt_logprobs = {row: _prompt_logprobs(batch, row, logits_of, int(first[row])) for row in _scored_rows(batch)}
+    entries = sampled_entries(batch)
+    ends = np.append(first[1:], num_wanted)[entries.rows]
+    at = ends - 1 - batch.num_draft[entries.rows] + entries.places  # a row's own logits are its last wanted ones
+    sampled = np.full((batch.num_rows, entries.width), -1, np.int64)
     logprobs: dict[int, list[TokenLogprobs]] = {}
-    if len(rows):
-        last = (np.append(first[1:], len(logits)) - 1)[rows]  # a row's own logits are its last wanted ones
-        own = logits if len(last) == len(logits) else logits[torch.from_numpy(last).to(logits.device)]
-        reported = [i for i, row in enumerate(rows.tolist()) if params_of(batch, row).logprobs is not None]
-        raw = {i: own[i].clone() for i in reported}
-        tokens[rows, 0] = sample(own, batch, rows, pending or {}).cpu().numpy()
-        for i, values in raw.items():
-            row = int(rows[i])
-            logprobs[row] = token_logprobs(values[None], [int(tokens[row, 0])], params_of(batch, row).logprobs or 0)
-    return BatchOutput(token_ids=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    for piece in _pieces(len(entries)):
+        part = entries.part(piece)
+        own = logits_of(at[piece])
+        reported = [i for i, row in enumerate(part.rows.tolist()) if params_of(batch, row).logprobs is not None]
+        raw = own[torch.tensor(reported, device=own.device)] if reported else own
+        tokens = sample(own, batch, part, pending).cpu().numpy()
+        sampled[part.rows, part.places] = tokens
+        for place, i in enumerate(reported):
+            row = int(part.rows[i])
+            entry = token_logprobs(raw[place : place + 1], [int(tokens[i])], params_of(batch, row).logprobs or 0)
+            logprobs.setdefault(row, []).extend(entry)
+    token_ids = accept_guesses(torch.from_numpy(sampled), torch.from_numpy(guess_table(batch, entries.width))).numpy()
+    for row, reports in logprobs.items():
+        del reports[np.count_nonzero(token_ids[row] >= 0) :]
+    return BatchOutput(token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
 
-def _prompt_logprobs(batch: Batch, row: int, logits: torch.Tensor) -> list[TokenLogprobs]:
-    """Of the prompt tokens that this row's chunk predicts; ``logits`` starts with the row's."""
+def _scored_rows(batch: Batch) -> list[int]:
+    in_prompt = np.flatnonzero(batch.num_computed < batch.state.num_prompt_tokens[batch.slots])
+    return [row for row in in_prompt.tolist() if scores_prompt(batch, row)]
+
+
+def _prompt_logprobs(batch: Batch, row: int, logits_of: Callable[[Indices], torch.Tensor], first: int) -> list[TokenLogprobs]:
+    """Of the prompt tokens that this row's chunk predicts; ``first`` is the row's first place among the wanted tokens."""
     slot, start = int(batch.slots[row]), int(batch.num_computed[row])
     end = min(start + int(batch.query_lens[row]), int(batch.state.num_prompt_tokens[slot]) - 1)
     following = batch.state.token_ids[slot, start + 1 : end + 1].tolist()
-    return token_logprobs(logits[: len(following)], following, params_of(batch, row).prompt_logprobs or 0)
+    num = params_of(batch, row).prompt_logprobs or 0
+    entries: list[TokenLogprobs] = []
+    for piece in _pieces(len(following)):
+        chosen = following[piece]
+        places = np.arange(len(chosen), dtype=np.int64) + first + piece.start
+        entries += token_logprobs(logits_of(places), chosen, num)
+    return entries
+
+
+def _pieces(length: int) -> Iterator[slice]:
+    return (slice(start, min(start + PIECE, length)) for start in range(0, length, PIECE))

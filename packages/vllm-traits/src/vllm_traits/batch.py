@@ -9,10 +9,10 @@ One row of a step, for a sequence with ``c = num_computed`` tokens in the KV cac
                      in the cache   | token_ids of this row    | sampled, if ``sample[row]``
                                     | last num_draft are guesses
 
-Guesses are verified by sampling as if there were none: after each of the row's last ``num_draft + 1`` tokens a token is sampled
-with the noise of its position, and the row's output ends with the first one that differs from the guess in its place (or with the
-one after the last guess). So the tokens are those that steps of one token would have given, at any temperature; guesses only
-decide how many come at once.
+Guesses are verified by sampling as if there were none: after each of the row's last ``num_draft + 1`` tokens a token is
+sampled with the noise of its position, and the row's output ends with the first one that differs from the guess in its place
+(or with the one after the last guess). So the tokens are those that steps of one token would have given, at any temperature;
+guesses only decide how many come at once.
 """
 
 from collections.abc import Mapping

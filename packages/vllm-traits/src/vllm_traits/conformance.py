@@ -10,7 +10,7 @@ A backend's own test is one line a law::
 at least 64. Each law raises ``AssertionError`` with what it saw.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Driver:
         self.state = BatchState(max_num_seqs, min(backend.spec.max_model_len, 128), _BLOCK_SIZE)
         self._step = 0
         self._computed = np.zeros(max_num_seqs, np.int32)
+        self._changed: list[int] = []
         backend.initialize(self.state, num_blocks=num_blocks, max_num_batched_tokens=256)
 
     def place(self, slot: int, prompt: Sequence[int], blocks: Sequence[int], params: SamplingParams = _GREEDY) -> None:
@@ -49,37 +50,69 @@ class Driver:
         state.seed[slot] = params.seed or 0
         state.params[slot], state.stop_token_ids[slot] = params, ()
         self._computed[slot] = 0
+        self._changed.append(slot)
 
-    def run(self, rows: Sequence[tuple[int, Sequence[int]]]) -> BatchOutput:
-        """Run the given tokens of the given slots; a row whose tokens reach the known ones samples."""
+    def run(self, rows: Sequence[tuple[int, Sequence[int]]], guesses: Mapping[int, Sequence[int]] | None = None) -> BatchOutput:
+        """Run the given tokens of the given slots; a row whose tokens reach the known ones samples.
+
+        Args:
+            rows: Slots and the tokens that they run.
+            guesses: By slot, tokens to verify after those; the row's tokens must reach the known ones.
+        """
         self._step += 1
+        guesses = guesses or {}
         slots = np.array([slot for slot, _ in rows], np.int32)
-        lengths = [len(tokens) for _, tokens in rows]
+        num_draft = np.array([len(guesses.get(slot, ())) for slot, _ in rows], np.int32)
+        tokens = [[*tokens, *guesses.get(slot, ())] for slot, tokens in rows]
+        lengths = np.array([len(each) for each in tokens], np.int32)
         computed = self._computed[slots].copy()
+        for slot, guessed in guesses.items():
+            known = int(self.state.num_tokens[slot])
+            self.state.token_ids[slot, known : known + len(guessed)] = guessed
         batch = Batch(
             step_id=StepId(self._step),
             state=self.state,
             slots=slots,
             seq_ids=tuple(SeqId(int(s)) for s in slots),
-            token_ids=np.array([t for _, tokens in rows for t in tokens], np.int32),
+            token_ids=np.array([token for each in tokens for token in each], np.int32),
             query_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
             num_computed=computed,
-            sample=computed + lengths >= self.state.num_tokens[slots],
-            num_draft=np.zeros(len(rows), np.int32),
-            changed_slots=slots[computed == 0],
+            sample=computed + lengths - num_draft >= self.state.num_tokens[slots],
+            num_draft=num_draft,
+            changed_slots=np.array(self._changed, np.int32),
         )
+        self._changed = []
         output = self.backend.submit(batch).result()
-        assert output.token_ids.shape == (len(rows), 1), f"token_ids has shape {output.token_ids.shape}"
-        self._computed[slots] += lengths
+        height, width = output.token_ids.shape
+        assert height == len(rows), f"token_ids has shape {output.token_ids.shape}"
+        assert 1 <= width <= num_draft.max() + 1, f"token_ids has shape {output.token_ids.shape}"
         for row, slot in enumerate(slots.tolist()):
-            if batch.sample[row]:
-                token = int(output.token_ids[row, 0])
-                assert 0 <= token < self.backend.spec.vocab_size, f"sampled {token}"
-                self.state.token_ids[slot, self.state.num_tokens[slot]] = token
-                self.state.num_tokens[slot] += 1
-            else:
-                assert output.token_ids[row, 0] == -1, f"row {row} was not to be sampled"
+            self._take(batch, row, slot, output.token_ids[row].tolist())
         return output
+
+    def _take(self, batch: Batch, row: int, slot: int, tokens: list[int]) -> None:
+        """Take in what a row gave."""
+        num_draft = int(batch.num_draft[row])
+        self._computed[slot] += batch.query_lens[row] - num_draft
+        if not batch.sample[row]:
+            assert set(tokens) == {-1}, f"row {row} was not to be sampled"
+            return
+        given = [token for token in tokens if token != -1]
+        assert tokens[: len(given)] == given, f"row {row} has a hole: {tokens}"
+        assert 1 <= len(given) <= num_draft + 1, f"row {row} with {num_draft} guesses has {len(given)} tokens"
+        assert all(0 <= token < self.backend.spec.vocab_size for token in given), f"sampled {given}"
+        known = int(self.state.num_tokens[slot])
+        self.state.token_ids[slot, known : known + len(given)] = given
+        self.state.num_tokens[slot] += len(given)
+        self._computed[slot] += len(given) - 1
+
+    def rest(self, slot: int) -> tuple[int, list[int]]:
+        """The row that runs all known tokens of ``slot`` which have not run."""
+        return slot, self.state.token_ids[slot, self._computed[slot] : self.state.num_tokens[slot]].tolist()
+
+    def output(self, slot: int) -> list[int]:
+        """What was sampled for ``slot``."""
+        return [int(t) for t in self.state.token_ids[slot, self.state.num_prompt_tokens[slot] : self.state.num_tokens[slot]]]
 
     def generate(self, slot: int, num_tokens: int, chunk: int = 256) -> list[int]:
         """Run ``slot`` alone until ``num_tokens`` were sampled."""
@@ -130,13 +163,8 @@ def neighbours_do_not_matter(make_backend: MakeBackend) -> None:
     for slot, params in enumerate(wanted):
         driver.place(slot, _prompt(driver.backend, 5 + 17 * slot, slot), [10 + slot, 20 + slot, 5 + slot, slot], params)
     for _ in range(5):
-        driver.run(
-            [
-                (slot, driver.state.token_ids[slot, driver._computed[slot] : driver.state.num_tokens[slot]].tolist())
-                for slot in (2, 0, 1)
-            ]
-        )
-    together = [driver.state.token_ids[s, 5 + 17 * s : 10 + 17 * s].tolist() for s in range(3)]
+        driver.run([driver.rest(slot) for slot in (2, 0, 1)])
+    together = [driver.output(slot) for slot in range(3)]
     assert together == alone, (together, alone)
 
 
@@ -177,6 +205,55 @@ def seeds_decide(make_backend: MakeBackend) -> None:
     assert len({tuple(o) for o in outputs}) > 1, outputs
 
 
+_KINDS = (
+    _GREEDY,
+    SamplingParams(temperature=0.9, seed=11, ignore_eos=True),
+    SamplingParams(
+        temperature=0.7, seed=5, presence_penalty=1.0, frequency_penalty=0.5, repetition_penalty=1.3, ignore_eos=True
+    ),
+)
+"""Greedy, seeded, penalised."""
+
+
+def guesses_change_nothing(make_backend: MakeBackend) -> None:
+    """Right, partly right and wrong guesses give the tokens of single steps, greedy, seeded and penalised, beside other rows
+    and after an unfinished prompt (for backends that verify guesses).
+    """
+    most, length, num = make_backend().spec.max_draft_tokens, 19, 10
+    if not most:
+        return
+    for params in _KINDS:
+        driver = Driver(make_backend())
+        prompt = _prompt(driver.backend, length, 2)
+        driver.place(0, prompt, [3, 9], params)
+        truth = driver.generate(0, num)
+        for num_right in range(most + 1):
+            _guess(make_backend(), prompt, params, truth, num_right)
+
+
+def _guess(backend: ModelBackend, prompt: list[int], params: SamplingParams, truth: list[int], num_right: int) -> None:
+    """Generate ``truth`` with as many guesses a step as may be, of which the first ``num_right`` are right."""
+    driver, most, vocab_size = Driver(backend), backend.spec.max_draft_tokens, backend.spec.vocab_size
+    other, chunked = _prompt(backend, 7, 5), _prompt(backend, 50, 6)
+    driver.place(0, prompt, [12, 4], params)
+    driver.place(1, other, [1, 0], _KINDS[1])  # decodes without guesses
+    driver.place(2, chunked, [5, 6, 7, 8])  # is still at its prompt
+    driver.run([(0, prompt[:6])])
+    while len(driver.output(0)) < len(truth):
+        done = len(driver.output(0))
+        right = truth[done : done + min(most, len(truth) - done - 1)]
+        guessed = [token if i < num_right else (token + 1) % vocab_size for i, token in enumerate(right)]
+        at = int(driver._computed[2])
+        rows = [driver.rest(1), driver.rest(0)]
+        if at + 4 < len(chunked):
+            rows.insert(1, (2, chunked[at : at + 4]))
+        output = driver.run(rows, {0: guessed})
+        given = [token for token in output.token_ids[-1].tolist() if token != -1]
+        assert given == truth[done : done + min(num_right, len(right)) + 1], (
+            f"guesses {guessed}, {num_right} of them right, gave {given} in place of {truth[done:]} with {params}"
+        )
+
+
 LAWS: tuple[Callable[[MakeBackend], None], ...] = (
     spec_is_sound,
     chunks_do_not_matter,
@@ -184,6 +261,7 @@ LAWS: tuple[Callable[[MakeBackend], None], ...] = (
     shared_blocks_serve_as_prefix,
     last_sampled_stands_for_the_token,
     seeds_decide,
+    guesses_change_nothing,
 )
 """Every law, for ``pytest.mark.parametrize``."""
 
