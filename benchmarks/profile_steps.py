@@ -51,7 +51,8 @@ def case(llm: LLM, clocks: dict[str, Clock], rows: int, context: int) -> None:
     for row in range(rows):
         prompt = [(row * 7919 + i * 31 + context) % 100000 for i in range(context)]
         engine.add_request(f"{rows}-{context}-{row}", prompt, SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=400))
-    while engine.scheduler.num_waiting or (engine.scheduler.state.num_tokens[[s.slot for s in engine.scheduler.running]] <= context).any():
+    state = engine.scheduler.state
+    while engine.scheduler.num_waiting or (state.num_tokens[[s.slot for s in engine.scheduler.running]] <= context).any():
         engine.step()
     steps(llm, 10)
     for clock in clocks.values():

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 
 from vllm_model.decoder import Decoder, Layer
-from vllm_model.host_sampling import may_need_host, needs_host, sample_on_host, wanted_tokens
+from vllm_model.host_sampling import may_need_host, needs_host, sample_in_pieces, wanted_tokens
 from vllm_model.kernels.gemv import thin_linear
+from vllm_model.kernels.library_prefill import LEAST, can_use_library, library_prefill, padded
 from vllm_model.kernels.paged_decode import DecodePlan, paged_decode
 from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
@@ -29,6 +30,7 @@ from vllm_model.kernels.sampling import SamplerWorkspace, sample
 from vllm_model.kernels.silu_mul import silu_mul
 from vllm_model.kv_cache import PagedKvCache
 from vllm_model.model_config import ModelConfig
+from vllm_model.verifier import Indices, SampledEntries, accept_guesses, guess_table, sampled_entries
 from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelSpec
 from vllm_traits.batch import Batch, BatchOutput, BatchState
 from vllm_traits.errors import BackendError, BackendOutOfMemoryError, ConfigError
@@ -39,6 +41,8 @@ RING = 4
 """Steps whose tokens may wait to be read."""
 THIN_ROWS = 2
 """Most rows for which our own products beat the library's."""
+MAX_DRAFT_TOKENS = 8
+"""Most guesses in a row."""
 FIELDS = 5
 """Of a row that the host sends: slot, position, token, place in the block tables, block."""
 
@@ -69,7 +73,8 @@ def _keep_kernel(tokens, slots, last_token, rows, B: tl.constexpr):  # noqa: N80
     tl.store(last_token + slot, tl.load(tokens + i, mask=i < rows, other=0), mask=slot >= 0)
 
 
-Attend = Callable[[int, torch.Tensor], torch.Tensor]
+Attend = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From a layer, its queries ``[tokens, heads, head_dim]`` and its QKV ``[tokens or more, width]`` to what is attended."""
 
 
 @dataclass(slots=True)
@@ -82,8 +87,8 @@ class _Graph:
 class _Step:
     """A step under way: its tokens lie in one place of the ring once the event has passed."""
 
-    def __init__(self, tokens: torch.Tensor, event: torch.cuda.Event, sample: npt.NDArray[np.bool_]) -> None:
-        self._tokens, self._event, self._sample = tokens, event, sample
+    def __init__(self, tokens: torch.Tensor, event: torch.cuda.Event, sample: npt.NDArray[np.bool_], width: int) -> None:
+        self._tokens, self._event, self._sample, self._width = tokens, event, sample, width
 
     def done(self) -> bool:
         return bool(self._event.query())
@@ -93,9 +98,9 @@ class _Step:
             self._event.synchronize()
         except RuntimeError as error:
             raise BackendError(f"A step failed on the device: {error}") from error
-        tokens = np.full((len(self._sample), 1), -1, np.int32)
-        tokens[:, 0] = np.where(self._sample, self._tokens.numpy()[: len(self._sample)], -1)
-        return BatchOutput(token_ids=tokens)
+        rows = len(self._sample)
+        tokens = self._tokens.numpy()[: rows * self._width].reshape(rows, self._width)
+        return BatchOutput(token_ids=np.where(self._sample[:, None], tokens, -1))
 
 
 class CudaBackend:
@@ -120,6 +125,7 @@ class CudaBackend:
             max_model_len=max_model_len or config.max_model_len,
             eos_token_ids=config.eos_token_ids,
             supports_overlap=True,
+            max_draft_tokens=MAX_DRAFT_TOKENS,
         )
         self.decoder = Decoder(config, weights, self.spec.max_model_len)
         self.device = self.decoder.embedding.device
@@ -128,6 +134,8 @@ class CudaBackend:
         self._kv_cache_memory_bytes = kv_cache_memory_bytes
         self._gpu_memory_utilization = gpu_memory_utilization
         self._graphs: dict[tuple[int, str], _Graph] = {}
+        self._pdl = torch.version.hip is None and torch.cuda.get_device_capability(self.device)[0] >= 9
+        self._library = can_use_library(self.device, self.dtype, config.head_dim)
         self._pool: Any = None
 
     def kv_cache_budget(self, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> KvCacheBudget:
@@ -180,7 +188,7 @@ class CudaBackend:
         )
         self._workspace = SamplerWorkspace(rows, device)
         self._sizes = [*(size for size in GRAPH_SIZES if size < rows), rows]
-        self._ring = [torch.zeros(rows, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+        self._ring = [torch.zeros(rows * (1 + MAX_DRAFT_TOKENS), dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._staging = [torch.zeros(FIELDS * rows, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._stream = torch.cuda.Stream(device)
         self._turn = 0
@@ -194,9 +202,12 @@ class CudaBackend:
                 self._send_changes(batch)
                 if self._needs_host[batch.slots].any() and any(needs_host(batch, row) for row in range(batch.num_rows)):
                     return self._run_with_host(batch)
-                if batch.num_tokens == batch.num_rows:
+                if batch.num_tokens == batch.num_rows:  # so there are no guesses
                     return self._decode(batch)
-                return self._finish(batch, self._sample(batch, self._forward(batch)))
+                entries = sampled_entries(batch)
+                if entries.width > 1:
+                    return self._finish(batch, self._verify(batch, entries))
+                return self._finish(batch, self._sample(batch, self._logits(self._forward(batch))))
         except torch.OutOfMemoryError as error:
             raise BackendOutOfMemoryError(f"A step of {batch.num_tokens} tokens ran out of device memory.") from error
         except RuntimeError as error:
@@ -251,9 +262,7 @@ class CudaBackend:
         """One token a row: replay the graph of the next size."""
         size = next(size for size in self._sizes if size >= batch.num_rows)
         slots = batch.slots
-        hot = batch.state.temperature[slots] > 0
-        filtered = (batch.state.top_k[slots] > 0) | (batch.state.top_p[slots] < 1) | (batch.state.min_p[slots] > 0)
-        mode = "greedy" if not hot.any() else "filtered" if (filtered & hot).any() else "plain"
+        mode = _mode(batch.state, slots)
         found = self._graphs.get((size, mode))
         if found is None:
             found = self._graphs[size, mode] = self._capture(size, mode)
@@ -275,18 +284,20 @@ class CudaBackend:
         """Everything between the staged rows and the tokens, int32 ``[size]``."""
         ints = torch.empty(4, -(-size // 4) * 4, dtype=torch.int32, device=self.device)
         token_ids, positions, slots, seq_lens = ints[:, :size]
-        block = triton.next_power_of_2(size)
+        block, pdl = triton.next_power_of_2(size), self._pdl
         _begin_kernel[(1,)](staged, self._tables, self._last_token, token_ids, positions, slots, seq_lens, size, B=block)
-        self._plan.update(seq_lens, slots, self._tables)
+        self._plan.update(seq_lens, slots, self._tables, pdl=pdl)
 
-        def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
-            return paged_decode(q, self._cache.layers[layer], self._plan)
+        def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+            return paged_decode(q, self._cache.layers[layer], self._plan, pdl=pdl)
 
-        hidden = self._layers(token_ids, positions, slots, attend, None)
-        return self._draw(self._logits(hidden), slots, positions + 1, mode)
+        hidden = self._layers(token_ids, positions, slots, attend, None, pdl=pdl)
+        tokens = self._draw(self._logits(hidden, pdl=pdl), slots, positions + 1, mode, pdl=pdl)
+        _keep_kernel[(1,)](tokens, slots, self._last_token, size, B=block)
+        return tokens
 
     def _forward(self, batch: Batch, wanted: npt.NDArray[np.int64] | None = None) -> torch.Tensor:
-        """Any step, kernel by kernel: the logits ``[rows, vocab]`` of each row's last token, or of the ``wanted`` tokens."""
+        """Any step, kernel by kernel: hidden states ``[rows, hidden]`` of each row's last token, or of ``wanted``."""
         state, lens = batch.state, batch.query_lens
         grown = np.flatnonzero(state.num_blocks[batch.slots] > self._sent_blocks[batch.slots])
         for slot in batch.slots[grown].tolist():
@@ -300,19 +311,24 @@ class CudaBackend:
         token_ids, positions_, token_slots = sent_ints[:, : len(tokens)]
         if (tokens < 0).any():
             token_ids = torch.where(token_ids < 0, self._last_token[token_slots.long()], token_ids)
+        whole = (lens >= LEAST) & (batch.num_computed == 0) & self._library
+        dense = [(int(batch.query_start[row]), int(lens[row])) for row in np.flatnonzero(whole).tolist()]
         parts = []
-        for single in (True, False):
-            members = np.flatnonzero((lens == 1) == single)
+        for single, members in ((True, np.flatnonzero(lens == 1)), (False, np.flatnonzero((lens > 1) & ~whole))):
             if len(members):
                 at = np.flatnonzero(np.isin(rows, members))
-                parts.append(
-                    (single, self._part(batch, members), None if len(at) == len(rows) else self._to_device(at, np.int64))
-                )
+                every = len(at) == len(rows)
+                parts.append((single, self._part(batch, members), None if every else self._to_device(at, np.int64)))
 
-        def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
             cache = self._cache.layers[layer]
             out = torch.empty_like(q)
-            for single, (slots, starts, computed, ends), at in parts:
+            for start, length in dense:
+                done = self._library_prefill(q, qkv, start, length)
+                if length == batch.num_tokens:
+                    return done
+                out[start : start + length] = done
+            for single, (slots, starts, computed, _), at in parts:
                 mine = q if at is None else q[at]
                 if single:
                     done = paged_decode(mine, cache, self._plan)
@@ -321,14 +337,22 @@ class CudaBackend:
                 if at is None:
                     return done
                 out[at] = done
-            return out
+            return out[: batch.num_tokens]
 
         for single, (slots, _, _, ends), _ in parts:
             if single:
                 self._plan.update(ends, slots, self._tables)
+        room = max((start + padded(length) for start, length in dense), default=0)
         chosen = batch.query_start[1:] - 1 if wanted is None else wanted
         keep = self._to_device(chosen, np.int64)
-        return self._logits(self._layers(token_ids, positions_, token_slots, attend, keep))
+        return self._layers(token_ids, positions_, token_slots, attend, keep, room=max(room, len(tokens)) if dense else 0)
+
+    def _library_prefill(self, q: torch.Tensor, qkv: torch.Tensor, start: int, length: int) -> torch.Tensor:
+        """Attention of the prompt at ``start`` of the step; ``q`` and ``qkv`` have room behind it."""
+        config, end = self.config, start + padded(length)
+        heads = qkv[start:end].view(end - start, -1, config.head_dim)
+        _, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        return library_prefill(q[start:end], k, v, length)
 
     def _part(self, batch: Batch, members: npt.NDArray[np.intp]) -> tuple[torch.Tensor, ...]:
         """Slots, starts, first positions and lengths of some rows, as if they were alone."""
@@ -341,15 +365,30 @@ class CudaBackend:
         return tuple(flat[at : at + len(piece)] for at, piece in zip(places, pieces, strict=False))
 
     def _layers(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, attend: Attend, keep: torch.Tensor | None
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        attend: Attend,
+        keep: torch.Tensor | None,
+        *,
+        room: int = 0,
+        pdl: bool = False,
     ) -> torch.Tensor:
-        """The hidden states ``[rows, hidden]`` before the last norm; after the last attention only ``keep`` goes on."""
-        decoder, config = self.decoder, self.config
+        """The hidden states ``[rows, hidden]`` before the last norm; after the last attention only ``keep`` goes on.
+
+        With ``room``, queries and QKV have that many rows, the last of them zeros.
+        """
+        decoder, config, tokens = self.decoder, self.config, len(token_ids)
+        eps = config.rms_norm_eps
         residual = F.embedding(token_ids, decoder.embedding)  # [tokens, hidden]
-        thin = len(token_ids) <= THIN_ROWS
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        qkv_room = residual.new_zeros(room, width) if room else None
+        q_room = residual.new_zeros(room, config.num_heads, config.head_dim) if room else None
+        thin = tokens <= THIN_ROWS
         update: torch.Tensor | None = None
         for index, layer in enumerate(decoder.layers):
-            qkv = self._qkv(layer, residual, update, thin)
+            qkv = self._qkv(layer, residual, update, thin, None if qkv_room is None else qkv_room[:tokens], pdl)
             q = qk_norm_rope(
                 qkv,
                 self._cos_sin,
@@ -360,41 +399,58 @@ class CudaBackend:
                 config.num_heads,
                 q_weight=layer.q_norm,
                 k_weight=layer.k_norm,
-                eps=config.rms_norm_eps,
+                eps=eps,
+                out=None if q_room is None else q_room[:tokens],
+                keep_k=room > 0,
+                pdl=pdl,
             )
-            attended = attend(index, q).view(len(token_ids), -1)
+            attended = attend(index, q if q_room is None else q_room, qkv if qkv_room is None else qkv_room).view(tokens, -1)
             if keep is not None and index == len(decoder.layers) - 1:
                 attended, residual = attended[keep], residual[keep]
             if thin and layer.o.bias is None and layer.down.bias is None and layer.gate_up.bias is None:
-                residual = thin_linear(attended, layer.o.weight, residual=residual)
-                inner = thin_linear(
-                    residual, layer.gate_up.weight, norm_weight=layer.post_norm, eps=config.rms_norm_eps, silu=True
-                )
-                residual = thin_linear(inner, layer.down.weight, residual=residual)
+                residual = thin_linear(attended, layer.o.weight, residual=residual, pdl=pdl)
+                inner = thin_linear(residual, layer.gate_up.weight, norm_weight=layer.post_norm, eps=eps, silu=True, pdl=pdl)
+                residual = thin_linear(inner, layer.down.weight, residual=residual, pdl=pdl)
                 continue
-            x = rms_norm(layer.o(attended), layer.post_norm, config.rms_norm_eps, residual)
-            update = layer.down(silu_mul(layer.gate_up(x)))
+            x = rms_norm(layer.o(attended), layer.post_norm, eps, residual, pdl=pdl)
+            update = layer.down(silu_mul(layer.gate_up(x), pdl=pdl))
         return residual if update is None else residual + update
 
-    def _qkv(self, layer: Layer, residual: torch.Tensor, update: torch.Tensor | None, thin: bool) -> torch.Tensor:
+    def _qkv(
+        self,
+        layer: Layer,
+        residual: torch.Tensor,
+        update: torch.Tensor | None,
+        thin: bool,
+        out: torch.Tensor | None,
+        pdl: bool,
+    ) -> torch.Tensor:
         eps = self.config.rms_norm_eps
         if thin and update is None and layer.qkv.bias is None:
-            return thin_linear(residual, layer.qkv.weight, norm_weight=layer.input_norm, eps=eps)
+            return thin_linear(residual, layer.qkv.weight, norm_weight=layer.input_norm, eps=eps, pdl=pdl)
         if update is None:
-            return layer.qkv(rms_norm(residual, layer.input_norm, eps))
-        return layer.qkv(rms_norm(update, layer.input_norm, eps, residual))
+            x = rms_norm(residual, layer.input_norm, eps, pdl=pdl)
+        else:
+            x = rms_norm(update, layer.input_norm, eps, residual, pdl=pdl)
+        if out is None:
+            return layer.qkv(x)
+        if layer.qkv.bias is None:
+            return torch.mm(x, layer.qkv.weight.t(), out=out)
+        return torch.addmm(layer.qkv.bias, x, layer.qkv.weight.t(), out=out)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logits(self, hidden: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
         decoder = self.decoder
-        x = rms_norm(hidden, decoder.norm, self.config.rms_norm_eps)
-        return thin_linear(x, decoder.lm_head.weight) if len(x) <= THIN_ROWS else decoder.lm_head(x)
+        x = rms_norm(hidden, decoder.norm, self.config.rms_norm_eps, pdl=pdl)
+        return thin_linear(x, decoder.lm_head.weight, pdl=pdl) if len(x) <= THIN_ROWS else decoder.lm_head(x)
 
     # --- tokens ---
 
-    def _draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, mode: str) -> torch.Tensor:
-        """Sample, and keep each slot's token for the next step: int32 ``[rows]``."""
+    def _draw(
+        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, mode: str, *, pdl: bool = False
+    ) -> torch.Tensor:
+        """Sample: int32 ``[rows]``."""
         filters = (self._top_k, self._floats[1], self._floats[2]) if mode == "filtered" else (None, None, None)
-        tokens = sample(
+        return sample(
             logits,
             slots,
             positions,
@@ -405,41 +461,73 @@ class CudaBackend:
             top_p=filters[1],
             min_p=filters[2],
             greedy=mode == "greedy",
+            pdl=pdl,
         )
-        _keep_kernel[(1,)](tokens, slots, self._last_token, len(slots), B=triton.next_power_of_2(len(slots)))
-        return tokens
 
     def _sample(self, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-        """Of a step that is no graph; rows that do not sample have slot -1 here."""
+        """Of a step that is no graph; rows that do not sample have slot -1 here. Keeps the tokens for the next step."""
         slots = np.where(batch.sample, batch.slots, -1)
         positions = batch.num_computed + batch.query_lens
         ints = self._to_device(np.stack([_aligned(slots), _aligned(positions)]), np.int32)[:, : len(slots)]
-        own = batch.slots[batch.sample]
-        filtered = (batch.state.top_k[own] > 0) | (batch.state.top_p[own] < 1) | (batch.state.min_p[own] > 0)
-        mode = "filtered" if filtered.any() else "plain" if (batch.state.temperature[own] > 0).any() else "greedy"
-        return self._draw(logits, ints[0], ints[1], mode)
+        tokens = self._draw(logits, ints[0], ints[1], _mode(batch.state, batch.slots[batch.sample]))
+        _keep_kernel[(1,)](tokens, ints[0], self._last_token, len(slots), B=triton.next_power_of_2(len(slots)))
+        return tokens
+
+    def _verify(self, batch: Batch, entries: SampledEntries) -> torch.Tensor:
+        """A step with guesses: the tokens that stand, int32 ``[rows, width]``."""
+        hidden = self._forward(batch, entries.tokens)
+        slots = batch.slots[entries.rows]
+        places = entries.rows * entries.width + entries.places
+        ints = self._to_device(np.stack([_aligned(part) for part in (slots, entries.positions, places)]), np.int32)
+        mode, most = _mode(batch.state, slots), self._workspace.max_rows
+        sampled = torch.full((batch.num_rows, entries.width), -1, dtype=torch.int32, device=self.device)
+        for start in range(0, len(entries), most):  # as many logits at once as a step without guesses has
+            piece = slice(start, min(start + most, len(entries)))
+            tokens = self._draw(self._logits(hidden[piece]), ints[0, piece], ints[1, piece], mode)
+            sampled.view(-1)[ints[2, piece].long()] = tokens
+        guesses = self._to_device(guess_table(batch, entries.width), np.int32)
+        accepted = accept_guesses(sampled, guesses)
+        last = accepted.gather(1, (accepted >= 0).sum(1, keepdim=True).clamp(min=1) - 1)[:, 0]
+        whose = self._to_device(np.where(batch.sample, batch.slots, -1), np.int32)
+        _keep_kernel[(1,)](last, whose, self._last_token, len(whose), B=triton.next_power_of_2(len(whose)))
+        return accepted
 
     def _finish(self, batch: Batch, tokens: torch.Tensor) -> _Step:
-        ring = self._ring[self._turn % RING]
+        ring, width = self._ring[self._turn % RING], tokens.numel() // len(tokens)
         self._turn += 1
-        ring[: batch.num_rows].copy_(tokens[: batch.num_rows], non_blocking=True)
+        ring[: batch.num_rows * width].copy_(tokens[: batch.num_rows].flatten(), non_blocking=True)
         event = torch.cuda.Event()
         event.record(self._stream)
-        return _Step(ring, event, batch.sample)
+        return _Step(ring, event, batch.sample, width)
 
     def _run_with_host(self, batch: Batch) -> CompletedStep:
         """A step in which some row's logits need the host (penalties, biases, log-probabilities): not overlapped."""
         wanted, first = wanted_tokens(batch)
-        logits = self._forward(batch, wanted).float()
+        hidden = self._forward(batch, wanted)
         waiting = np.flatnonzero(batch.token_ids[batch.query_start[1:] - 1] < 0)
         last = self._last_token.cpu().numpy()
-        output = sample_on_host(batch, logits, first, {row: int(last[batch.slots[row]]) for row in waiting.tolist()})
+        pending = {row: int(last[batch.slots[row]]) for row in waiting.tolist()}
+
+        def logits_of(places: Indices) -> torch.Tensor:
+            return self._logits(hidden[self._to_device(places, np.int64)]).float()
+
+        output = sample_in_pieces(batch, logits_of, len(wanted), first, pending)
         rows = np.flatnonzero(batch.sample)
         if len(rows):
             index = self._to_device(batch.slots[rows], np.int64)
-            self._last_token[index] = self._to_device(output.token_ids[rows, 0], np.int32)
+            newest = (output.token_ids[rows] >= 0).sum(axis=1) - 1
+            self._last_token[index] = self._to_device(output.token_ids[rows, newest], np.int32)
         self._stream.synchronize()
         return CompletedStep(output)
+
+
+def _mode(state: BatchState, slots: npt.NDArray[np.int32]) -> str:
+    """How these rows are sampled: all greedy, none filtered, or any way."""
+    hot = state.temperature[slots] > 0
+    if not hot.any():
+        return "greedy"
+    filtered = (state.top_k[slots] > 0) | (state.top_p[slots] < 1) | (state.min_p[slots] > 0)
+    return "filtered" if (filtered & hot).any() else "plain"
 
 
 def _aligned(array: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:

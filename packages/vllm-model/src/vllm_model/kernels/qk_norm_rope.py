@@ -49,6 +49,7 @@ def _qk_norm_rope_kernel(
     HEADS: tl.constexpr,
     NORM: tl.constexpr,
     FP8: tl.constexpr,
+    KEEP_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -106,6 +107,14 @@ def _qk_norm_rope_kernel(
         tl.store(q_out_ptr + q_base + half[None, :], turned_first.to(q_type), mask=q_mask)
         tl.store(q_out_ptr + q_base + ROT_HALF + half[None, :], turned_second.to(q_type), mask=q_mask)
 
+        if KEEP_K:
+            k_mask = half_mask & ((head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS))[:, None]
+            tl.store(qkv_ptr + base + half[None, :], turned_first.to(q_type), mask=k_mask)
+            tl.store(qkv_ptr + base + ROT_HALF + half[None, :], turned_second.to(q_type), mask=k_mask)
+            if REST > 0:
+                k_rest = rest_mask & ((head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS))[:, None]
+                tl.store(qkv_ptr + base + 2 * ROT_HALF + rest[None, :], tail.to(q_type), mask=k_rest)
+
         kv_head = (head - Q_HEADS) % KV_HEADS  # masked where it is no K or V head
         which = tl.where(is_v, 1, 0)
         inverse_scale = 1.0
@@ -138,6 +147,7 @@ def qk_norm_rope(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    keep_k: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Normalise and rotate Q and K, return Q, write K and V to their places in the cache.
@@ -157,6 +167,7 @@ def qk_norm_rope(
         k_scale: float32 ``[num_kv_heads]``: an e4m3 cache holds ``k / k_scale``, clipped to +-448.
         v_scale: float32 ``[num_kv_heads]``, likewise.
         out: ``[tokens, num_heads, head_dim]``, contiguous; a new tensor when None.
+        keep_k: Leave the finished K in its place in ``qkv`` as well.
         pdl: Programmatic dependent launch.
 
     Returns:
@@ -208,6 +219,7 @@ def qk_norm_rope(
         HEADS=heads,
         NORM=q_weight is not None,
         FP8=fp8,
+        KEEP_K=keep_k,
         PDL=pdl,
         num_warps=1 if tokens <= 64 else 4,
         **launch_options(pdl),
