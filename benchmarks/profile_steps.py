@@ -1,6 +1,6 @@
 """Where the time of a step goes: wall and host time of decode steps, and their kernels.
 
-    python benchmarks/profile_steps.py MODEL_FOLDER [rows:context ...]
+    python benchmarks/profile_steps.py MODEL_FOLDER [rows:context | prefill:length ...]
 
 Weights are random. For each case: microseconds of a step by the clock, of schedule, submit, wait and commit on the host, the sum
 of its kernels on the device, and the kernels by total time.
@@ -45,6 +45,18 @@ def steps(llm: LLM, count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
+def report(seen: Any, title: str, wall: float, count: int) -> None:
+    """The kernels of ``count`` steps by total time."""
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels[event.name].append(event.time_range.elapsed_us())
+    busy, calls = sum(map(sum, kernels.values())) / count, sum(map(len, kernels.values())) / count
+    print(f"\n== {title}: step {wall * 1e6:.0f} us, kernels {busy:.0f} us, {calls:.0f} a step")
+    for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:16]:
+        print(f"   {sum(times) / count:8.1f} us  {len(times) / count:6.1f} x {sum(times) / len(times):7.2f}  {name[:100]}")
+
+
 def case(llm: LLM, clocks: dict[str, Clock], rows: int, context: int) -> None:
     """One load of equal sequences, decoding."""
     engine = llm.engine
@@ -61,21 +73,29 @@ def case(llm: LLM, clocks: dict[str, Clock], rows: int, context: int) -> None:
     host = {name: clock.total / STEPS * 1e6 for name, clock in clocks.items()}
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         steps(llm, 5)
-    kernels: dict[str, list[float]] = defaultdict(list)
-    spans = []
-    for event in seen.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels[event.name].append(event.time_range.elapsed_us())
-            spans.append((event.time_range.start, event.time_range.end))
-    busy = sum(map(sum, kernels.values())) / 5
-    print(f"\n== {rows} rows, {context} tokens: step {wall * 1e6:.0f} us, kernels {busy:.0f} us, {len(spans) / 5:.0f} a step")
+    report(seen, f"{rows} rows, {context} tokens", wall, 5)
     print("   host:", ", ".join(f"{name} {us:.0f}" for name, us in host.items()))
-    for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:16]:
-        print(f"   {sum(times) / 5:8.1f} us  {len(times) / 5:6.1f} x {sum(times) / len(times):7.2f}  {name[:100]}")
     for row in range(rows):
         engine.abort(f"{rows}-{context}-{row}")
     while engine.has_unfinished_requests():
         engine.step()
+
+
+def prefill(llm: LLM, length: int) -> None:
+    """Prompts of one length, one after the other."""
+
+    def run(salt: int) -> float:
+        prompts = [[(row * 7919 + i * 31 + salt * 1013) % 100000 for i in range(length)] for row in range(8)]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        llm.generate(prompts, SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=1, detokenize=False), use_tqdm=False)
+        return (time.perf_counter() - start) / 8
+
+    run(1)
+    wall = run(2)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run(3)
+    report(seen, f"prompts of {length}", wall, 8)
 
 
 def main() -> None:
@@ -91,9 +111,12 @@ def main() -> None:
         "commit": Clock(engine.scheduler, "commit"),
         "record": Clock(engine, "_record"),
     }
-    for each in sys.argv[2:] or ["1:256", "64:640", "256:600"]:
+    for each in sys.argv[2:] or ["1:256", "64:640", "256:600", "prefill:4096"]:
         rows, context = each.split(":")
-        case(llm, clocks, int(rows), int(context))
+        if rows == "prefill":
+            prefill(llm, int(context))
+        else:
+            case(llm, clocks, int(rows), int(context))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from vllm_model.decoder import Decoder, Layer
 from vllm_model.host_sampling import may_need_host, needs_host, sample_in_pieces, wanted_tokens
+from vllm_model.kernels._launch import compiled_together, launch, power_of_two
 from vllm_model.kernels.gemv import thin_linear
 from vllm_model.kernels.library_prefill import LEAST, can_use_library, library_prefill, padded
 from vllm_model.kernels.paged_decode import DecodePlan, paged_decode
@@ -43,6 +44,8 @@ THIN_ROWS = 2
 """Most rows for which our own products beat the library's."""
 MAX_DRAFT_TOKENS = 8
 """Most guesses in a row."""
+FEW_ROWS = 16
+"""Up to here decode attention runs in another shape: there is less to read than programs to start."""
 FIELDS = 5
 """Of a row that the host sends: slot, position, token, place in the block tables, block."""
 
@@ -176,16 +179,20 @@ class CudaBackend:
         self._top_k = torch.zeros(rows, dtype=torch.int32, device=device)
         self._seed = torch.zeros(rows, dtype=torch.int64, device=device)
         self._sent_blocks = np.zeros(rows, np.int32)
+        self._rows_block = power_of_two(rows)
         self._needs_host = np.zeros(rows, np.bool_)
-        self._plan = DecodePlan(
-            rows,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            device,
-            max_blocks=state.max_blocks_per_seq,
-            block_size=state.block_size,
-        )
+        self._plans = [
+            DecodePlan(
+                most,
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                device,
+                max_blocks=state.max_blocks_per_seq,
+                block_size=state.block_size,
+            )
+            for most in (min(rows, FEW_ROWS), rows)
+        ]
         self._workspace = SamplerWorkspace(rows, device)
         self._sizes = [*(size for size in GRAPH_SIZES if size < rows), rows]
         self._ring = [torch.zeros(rows * (1 + MAX_DRAFT_TOKENS), dtype=torch.int32, pin_memory=True) for _ in range(RING)]
@@ -193,8 +200,31 @@ class CudaBackend:
         self._stream = torch.cuda.Stream(device)
         self._turn = 0
         with torch.inference_mode(), torch.cuda.stream(self._stream):
+            self._compile(max_num_batched_tokens)
             for size in reversed(self._sizes):  # the largest first: the others fit into its memory
                 self._graphs[size, "plain"] = self._capture(size, "plain")
+
+    def _compile(self, max_num_batched_tokens: int) -> None:
+        """What steps need, several kernels at once; and the library's plan for the longest chunk."""
+        with compiled_together():
+            for size in {self._sizes[0], min(2, self._sizes[-1]), min(64, self._sizes[-1]), self._sizes[-1]}:
+                staged = torch.full((FIELDS * size,), -1, dtype=torch.int32, device=self.device)
+                self._decode_step(staged, size, "plain")
+            tokens = torch.zeros(128, dtype=torch.int32, device=self.device)
+            none, starts = tokens[:4] - 1, tokens[:8]
+
+            def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+                cache = self._cache.layers[layer]
+                return paged_prefill(q, cache, self._tables, none, starts[:5], none)
+
+            for room in (0, len(tokens)) if self._library else (0,):
+                self._layers(tokens, tokens, tokens, attend, None, room=room)
+        if self._library and max_num_batched_tokens >= LEAST:
+            room = padded(max_num_batched_tokens)
+            heads = (self.config.num_heads + 2 * self.config.num_kv_heads) * self.config.head_dim
+            qkv = torch.zeros(room, heads, dtype=self.dtype, device=self.device)
+            q = torch.zeros(room, self.config.num_heads, self.config.head_dim, dtype=self.dtype, device=self.device)
+            self._library_prefill(q, qkv, 0, max_num_batched_tokens)
 
     def submit(self, batch: Batch) -> _Step | CompletedStep:
         try:
@@ -284,16 +314,29 @@ class CudaBackend:
         """Everything between the staged rows and the tokens, int32 ``[size]``."""
         ints = torch.empty(4, -(-size // 4) * 4, dtype=torch.int32, device=self.device)
         token_ids, positions, slots, seq_lens = ints[:, :size]
-        block, pdl = triton.next_power_of_2(size), self._pdl
-        _begin_kernel[(1,)](staged, self._tables, self._last_token, token_ids, positions, slots, seq_lens, size, B=block)
-        self._plan.update(seq_lens, slots, self._tables, pdl=pdl)
+        pdl = self._pdl
+        launch(
+            _begin_kernel,
+            (1,),
+            staged,
+            self._tables,
+            self._last_token,
+            token_ids,
+            positions,
+            slots,
+            seq_lens,
+            size,
+            B=self._rows_block,
+        )
+        plan = self._plan_for(size)
+        plan.update(seq_lens, slots, self._tables, pdl=pdl)
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-            return paged_decode(q, self._cache.layers[layer], self._plan, pdl=pdl)
+            return paged_decode(q, self._cache.layers[layer], plan, pdl=pdl)
 
-        hidden = self._layers(token_ids, positions, slots, attend, None, pdl=pdl)
-        tokens = self._draw(self._logits(hidden, pdl=pdl), slots, positions + 1, mode, pdl=pdl)
-        _keep_kernel[(1,)](tokens, slots, self._last_token, size, B=block)
+        hidden = self._layers(token_ids, positions, slots, attend, None)
+        tokens = self._draw(self._logits(hidden), slots, positions + 1, mode)
+        self._keep(tokens, slots)
         return tokens
 
     def _forward(self, batch: Batch, wanted: npt.NDArray[np.int64] | None = None) -> torch.Tensor:
@@ -331,7 +374,7 @@ class CudaBackend:
             for single, (slots, starts, computed, _), at in parts:
                 mine = q if at is None else q[at]
                 if single:
-                    done = paged_decode(mine, cache, self._plan)
+                    done = paged_decode(mine, cache, self._plan_for(len(mine)), pdl=self._pdl)
                 else:
                     done = paged_prefill(mine, cache, self._tables, slots, starts, computed)
                 if at is None:
@@ -341,7 +384,7 @@ class CudaBackend:
 
         for single, (slots, _, _, ends), _ in parts:
             if single:
-                self._plan.update(ends, slots, self._tables)
+                self._plan_for(len(slots)).update(ends, slots, self._tables, pdl=self._pdl)
         room = max((start + padded(length) for start, length in dense), default=0)
         chosen = batch.query_start[1:] - 1 if wanted is None else wanted
         keep = self._to_device(chosen, np.int64)
@@ -353,6 +396,9 @@ class CudaBackend:
         heads = qkv[start:end].view(end - start, -1, config.head_dim)
         _, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         return library_prefill(q[start:end], k, v, length)
+
+    def _plan_for(self, rows: int) -> DecodePlan:
+        return self._plans[rows > FEW_ROWS]
 
     def _part(self, batch: Batch, members: npt.NDArray[np.intp]) -> tuple[torch.Tensor, ...]:
         """Slots, starts, first positions and lengths of some rows, as if they were alone."""
@@ -373,13 +419,12 @@ class CudaBackend:
         keep: torch.Tensor | None,
         *,
         room: int = 0,
-        pdl: bool = False,
     ) -> torch.Tensor:
         """The hidden states ``[rows, hidden]`` before the last norm; after the last attention only ``keep`` goes on.
 
         With ``room``, queries and QKV have that many rows, the last of them zeros.
         """
-        decoder, config, tokens = self.decoder, self.config, len(token_ids)
+        decoder, config, tokens, pdl = self.decoder, self.config, len(token_ids), self._pdl
         eps = config.rms_norm_eps
         residual = F.embedding(token_ids, decoder.embedding)  # [tokens, hidden]
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -388,7 +433,7 @@ class CudaBackend:
         thin = tokens <= THIN_ROWS
         update: torch.Tensor | None = None
         for index, layer in enumerate(decoder.layers):
-            qkv = self._qkv(layer, residual, update, thin, None if qkv_room is None else qkv_room[:tokens], pdl)
+            qkv = self._qkv(layer, residual, update, thin, None if qkv_room is None else qkv_room[:tokens])
             q = qk_norm_rope(
                 qkv,
                 self._cos_sin,
@@ -423,9 +468,8 @@ class CudaBackend:
         update: torch.Tensor | None,
         thin: bool,
         out: torch.Tensor | None,
-        pdl: bool,
     ) -> torch.Tensor:
-        eps = self.config.rms_norm_eps
+        eps, pdl = self.config.rms_norm_eps, self._pdl
         if thin and update is None and layer.qkv.bias is None:
             return thin_linear(residual, layer.qkv.weight, norm_weight=layer.input_norm, eps=eps, pdl=pdl)
         if update is None:
@@ -438,16 +482,14 @@ class CudaBackend:
             return torch.mm(x, layer.qkv.weight.t(), out=out)
         return torch.addmm(layer.qkv.bias, x, layer.qkv.weight.t(), out=out)
 
-    def _logits(self, hidden: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
-        decoder = self.decoder
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        decoder, pdl = self.decoder, self._pdl
         x = rms_norm(hidden, decoder.norm, self.config.rms_norm_eps, pdl=pdl)
         return thin_linear(x, decoder.lm_head.weight, pdl=pdl) if len(x) <= THIN_ROWS else decoder.lm_head(x)
 
     # --- tokens ---
 
-    def _draw(
-        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, mode: str, *, pdl: bool = False
-    ) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, mode: str) -> torch.Tensor:
         """Sample: int32 ``[rows]``."""
         filters = (self._top_k, self._floats[1], self._floats[2]) if mode == "filtered" else (None, None, None)
         return sample(
@@ -461,8 +503,12 @@ class CudaBackend:
             top_p=filters[1],
             min_p=filters[2],
             greedy=mode == "greedy",
-            pdl=pdl,
+            pdl=self._pdl,
         )
+
+    def _keep(self, tokens: torch.Tensor, slots: torch.Tensor) -> None:
+        """Each slot's last token, for the next step."""
+        launch(_keep_kernel, (1,), tokens, slots, self._last_token, len(slots), B=self._rows_block)
 
     def _sample(self, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
         """Of a step that is no graph; rows that do not sample have slot -1 here. Keeps the tokens for the next step."""
@@ -470,7 +516,7 @@ class CudaBackend:
         positions = batch.num_computed + batch.query_lens
         ints = self._to_device(np.stack([_aligned(slots), _aligned(positions)]), np.int32)[:, : len(slots)]
         tokens = self._draw(logits, ints[0], ints[1], _mode(batch.state, batch.slots[batch.sample]))
-        _keep_kernel[(1,)](tokens, ints[0], self._last_token, len(slots), B=triton.next_power_of_2(len(slots)))
+        self._keep(tokens, ints[0])
         return tokens
 
     def _verify(self, batch: Batch, entries: SampledEntries) -> torch.Tensor:
@@ -489,7 +535,7 @@ class CudaBackend:
         accepted = accept_guesses(sampled, guesses)
         last = accepted.gather(1, (accepted >= 0).sum(1, keepdim=True).clamp(min=1) - 1)[:, 0]
         whose = self._to_device(np.where(batch.sample, batch.slots, -1), np.int32)
-        _keep_kernel[(1,)](last, whose, self._last_token, len(whose), B=triton.next_power_of_2(len(whose)))
+        self._keep(last, whose)
         return accepted
 
     def _finish(self, batch: Batch, tokens: torch.Tensor) -> _Step:

@@ -1,11 +1,37 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, attr-defined, misc"
 """What every launch shares."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+_COMPILING: ContextVar[bool] = ContextVar("_COMPILING", default=False)
+
+
+@contextmanager
+def compiled_together(workers: int = 16) -> Iterator[None]:
+    """Within it kernels are not launched but compiled, several at once; it ends when all of them are."""
+    token = _COMPILING.set(True)
+    try:
+        with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        _COMPILING.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """``kernel[grid](...)``, or within :func:`compiled_together` only what that needs."""
+    if _COMPILING.get():
+        kernel.warmup(*args, grid=grid, **options)
+    else:
+        kernel[grid](*args, **options)
 
 
 @triton.jit

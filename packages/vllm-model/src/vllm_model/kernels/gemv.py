@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
 
 MAX_ROWS = 16
 
@@ -206,12 +206,27 @@ class GemvConfig:
     split_k: int = 1
 
 
+HOPPER: dict[tuple[int, int, bool], tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+    (4096, 1024, False): ((2, 512, 1), (4, 1024, 1)),
+    (1024, 2048, False): ((8, 2048, 8), (4, 2048, 4)),
+    (3072, 1024, True): ((2, 512, 1), (2, 512, 1)),
+    (1024, 3072, False): ((2, 2048, 1), (2, 2048, 1)),
+    (151936, 1024, False): ((4, 512, 1), (4, 512, 1)),
+    (6144, 4096, False): ((2, 4096, 4), (2, 1024, 1)),
+    (4096, 4096, False): ((2, 1024, 1), (2, 1024, 1)),
+    (12288, 4096, True): ((1, 4096, 4), (1, 1024, 1)),
+    (4096, 12288, False): ((1, 2048, 2), (1, 4096, 1)),
+    (151936, 4096, False): ((4, 4096, 4), (2, 4096, 2)),
+}
+"""By (n, k, gated): block_n, block_k and warps of ``fma`` for one row and for two, by ``benchmarks/tune_kernels.py``."""
+
+
 def default_gemv_config(rows: int, n: int, k: int, *, norm: bool = False, silu: bool = False) -> GemvConfig:
     """A launch shape from the sizes alone, not tuned. From 3 rows on, cuBLAS is faster where a norm is fused (H100)."""
     if rows <= 2:
-        block_k = min(power_of_two(k), 1024)
-        block_n = 4 if silu or n < 4096 else 8
-        return GemvConfig("fma", block_n, block_k, 4)
+        # One warp with two weight rows is within a tenth of the best almost everywhere.
+        shapes = HOPPER.get((n, k, silu))
+        return GemvConfig("fma", *(shapes[rows - 1] if shapes else (2, min(power_of_two(k), 512 if silu else 1024), 1)))
     block_n = 16 if silu or n < 4096 else 32
     split = 1
     if not norm:
@@ -284,7 +299,9 @@ def thin_linear(
     if config.kind == "fma":
         if rows > 4:
             raise ValueError(f"fma takes 4 rows at most, got {rows}")
-        _fma_kernel[(triton.cdiv(n, config.block_n),)](
+        launch(
+            _fma_kernel,
+            (triton.cdiv(n, config.block_n),),
             x,
             weight,
             norm_weight,
@@ -310,7 +327,9 @@ def thin_linear(
         norm_weight is not None or workspace is None or n > workspace.max_width or config.split_k > workspace.max_split
     ):
         raise ValueError("a cut of K takes no norm, and a workspace that is large enough")
-    _dot_kernel[(triton.cdiv(n, config.block_n), config.split_k)](
+    launch(
+        _dot_kernel,
+        (triton.cdiv(n, config.block_n), config.split_k),
         x,
         weight,
         norm_weight,

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import launch_options, num_sms, power_of_two, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, num_sms, power_of_two, wait_for_previous
 from vllm_model.kernels.qk_norm_rope import gather_cache_reference
 
 PLAN_FIELDS = 16
@@ -331,17 +331,16 @@ class DecodeConfig:
     """
 
     tile: int = 64
-    programs_per_sm: int = 2
+    programs_per_sm: int = 3
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 4
 
 
-def default_decode_config(head_dim: int, itemsize: int = 2) -> DecodeConfig:
-    """Tile sizes so that two programs of a multiprocessor hold about 100 KB each in flight (H200; others fit as well)."""
-    wide = power_of_two(head_dim) * itemsize  # bytes of a key
-    if wide > 256:
-        return DecodeConfig(tile=32, num_stages=3)
-    return DecodeConfig()
+def default_decode_config(head_dim: int, max_rows: int) -> DecodeConfig:
+    """Measured on an H200 for heads of 128; two stages of the pipeline go to the block table."""
+    if head_dim > 128:
+        return DecodeConfig(tile=32, num_stages=4)
+    return DecodeConfig(tile=32, programs_per_sm=4, num_warps=2, num_stages=5) if max_rows > 16 else DecodeConfig()
 
 
 class DecodePlan:
@@ -378,7 +377,7 @@ class DecodePlan:
             raise ValueError(f"no decode attention for {num_heads}/{num_kv_heads} heads of {head_dim}, {max_queries} queries")
         self.group = num_heads // num_kv_heads
         self.max_queries = max_queries
-        self.config = config or default_decode_config(head_dim)
+        self.config = config or default_decode_config(head_dim, max_rows)
         self.programs = num_sms(self.device) * self.config.programs_per_sm
         rows = max(16, power_of_two(max_queries * self.group))
         self.unit = math.gcd(block_size, self.config.tile)
@@ -406,7 +405,9 @@ class DecodePlan:
         rows = len(seq_lens)
         if rows > self.max_rows:
             raise ValueError(f"{rows} rows in a plan for {self.max_rows}")
-        _plan_kernel[(self.programs,)](
+        launch(
+            _plan_kernel,
+            (self.programs,),
             seq_lens,
             slots,
             block_tables,
@@ -483,7 +484,9 @@ def paged_decode(
     if not rows:
         return out
     config = plan.config
-    _decode_kernel[(plan.programs,)](
+    launch(
+        _decode_kernel,
+        (plan.programs,),
         q,
         out,
         kv_cache,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import power_of_two
+from vllm_model.kernels._launch import launch, power_of_two
 from vllm_model.kernels.paged_decode import attention_reference
 from vllm_model.kernels.qk_norm_rope import gather_cache_reference
 
@@ -257,7 +257,9 @@ def paged_prefill(
     block_tokens = config.block_m // group
     # The host knows only the sums, so the grid is their bound; programs past the last tile leave at once.
     blocks = triton.cdiv(tokens, block_tokens) + rows
-    _prefill_kernel[(blocks * kv_heads,)](
+    launch(
+        _prefill_kernel,
+        (blocks * kv_heads,),
         q,
         out,
         kv_cache,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
 
 FP8_MAX = 448.0
 """The largest finite e4m3 number."""
@@ -193,7 +193,9 @@ def qk_norm_rope(
     total = num_heads + 2 * kv_heads
     half_block = power_of_two(rotary // 2)
     heads = min(power_of_two(total), max(1, (256 if tokens <= 64 else 1024) // (2 * half_block)))
-    _qk_norm_rope_kernel[(tokens, triton.cdiv(total, heads))](
+    launch(
+        _qk_norm_rope_kernel,
+        (tokens, triton.cdiv(total, heads)),
         qkv,
         q_weight,
         k_weight,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
 
 
 @triton.jit
@@ -72,7 +72,9 @@ def rms_norm(
         out = torch.empty_like(x)
     block = power_of_two(width)
     if tokens:
-        _rms_norm_kernel[(tokens,)](
+        launch(
+            _rms_norm_kernel,
+            (tokens,),
             x,
             x if residual is None else residual,
             weight,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import launch_options, num_sms, power_of_two, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, num_sms, power_of_two, wait_for_previous
 from vllm_model.noise import gumbel_noise
 
 LOGPROB_SPLITS = 16
@@ -45,12 +45,17 @@ def _noise_keys(seed, position):
 
 
 @triton.jit
-def _gumbel(token, first, second):
-    """``noise.gumbel_noise`` of int32 tokens under one pair of keys."""
+def _bits(token, first, second):
+    """32 random bits of int32 tokens under one pair of keys, those of ``noise.gumbel_noise``."""
     x = token.to(tl.uint32) + first
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15) ^ second) * 0x846CA68B
-    x = x ^ (x >> 16)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _gumbel(x):
+    """``noise.gumbel_noise`` of :func:`_bits`."""
     v = tl.minimum(x.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
     series = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * 0.25)))
     return -tl.log(tl.where(v < 0.015625, series, -tl.log(1.0 - v)))
@@ -199,7 +204,7 @@ def _threshold_kernel(
     tl.store(threshold_ptr + row, threshold)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share", "splits"])
 def _draw_kernel(
     logits_ptr,  # [rows, vocab]
     slots_ptr,  # [rows]
@@ -214,7 +219,7 @@ def _draw_kernel(
     logits_stride,
     vocab,
     share,
-    SPLITS: tl.constexpr,
+    splits,
     SPLITS_BLOCK: tl.constexpr,
     FILTER: tl.constexpr,
     RANDOM: tl.constexpr,
@@ -236,6 +241,8 @@ def _draw_kernel(
             temperature = tl.load(temperature_ptr + slot)
             greedy = temperature <= 0.0
             temperature = tl.where(greedy, 1.0, temperature)
+            inverse = 1.0 / temperature
+            bound = -1.0e30  # the greatest so far
             first, second = _noise_keys(tl.load(seed_ptr + slot), tl.load(positions_ptr + row))
         if FILTER:
             threshold = tl.load(threshold_ptr + row)
@@ -243,28 +250,43 @@ def _draw_kernel(
             token = start + offset
             x = tl.load(logits_ptr + row * logits_stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
             if RANDOM:
-                x = x / temperature
+                near = tl.maximum(x * inverse, -1.0e30)
                 if FILTER:
-                    x = tl.where(x >= threshold, x, float("-inf"))
-                if not greedy:
-                    x += _gumbel(token, first, second)
-            better = x > best  # strictly: of equal ones the first token stays
-            best = tl.where(better, x, best)
-            best_token = tl.where(better, token, best_token)
+                    near = tl.where(x / temperature >= threshold, near, -1.0e30)
+                # Noise is -log(e) with e >= v for the random v of a token: where v >= exp(x - bound), the token cannot win.
+                bits = _bits(token, first, second)
+                lead = near - bound + tl.abs(near) * 4e-7 + 1e-3  # more than what is rounded here
+                limit = tl.where(greedy, 2.0, tl.exp(tl.minimum(lead, 20.0)))
+                hopeful = bits.to(tl.float32) * 2.3283064365386963e-10 < limit
+                if tl.max(hopeful.to(tl.int32), axis=0) > 0:
+                    x = x / temperature
+                    if FILTER:
+                        x = tl.where(x >= threshold, x, float("-inf"))
+                    if not greedy:
+                        x += _gumbel(bits)
+                    better = x > best  # strictly: of equal ones the first token stays
+                    best = tl.where(better, x, best)
+                    best_token = tl.where(better, token, best_token)
+                    bound = tl.max(best, axis=0)
+            else:
+                better = x > best
+                best = tl.where(better, x, best)
+                best_token = tl.where(better, token, best_token)
         value = tl.max(best, axis=0)
         token = tl.min(tl.where(best == value, best_token, 0x7FFFFFFF), axis=0)
-        if SPLITS == 1:
+        if splits == 1:
             tl.store(out_ptr + row, tl.minimum(token, vocab - 1))
         else:
-            tl.store(part_value_ptr + row * SPLITS + split, value)
-            tl.store(part_token_ptr + row * SPLITS + split, token)
+            tl.store(part_value_ptr + row * SPLITS_BLOCK + split, value)
+            tl.store(part_token_ptr + row * SPLITS_BLOCK + split, token)
             tl.debug_barrier()
             arrived = tl.atomic_add(count_ptr + row, 1, sem="acq_rel", scope="gpu")
-            if arrived == SPLITS - 1:
+            if arrived == splits - 1:
                 tl.store(count_ptr + row, 0)
                 s = tl.arange(0, SPLITS_BLOCK)
-                values = tl.load(part_value_ptr + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"), cache_modifier=".cg")
-                tokens = tl.load(part_token_ptr + row * SPLITS + s, mask=s < SPLITS, other=0x7FFFFFFF, cache_modifier=".cg")
+                part = row * SPLITS_BLOCK + s
+                values = tl.load(part_value_ptr + part, mask=s < splits, other=float("-inf"), cache_modifier=".cg")
+                tokens = tl.load(part_token_ptr + part, mask=s < splits, other=0x7FFFFFFF, cache_modifier=".cg")
                 value = tl.max(values, axis=0)
                 token = tl.min(tl.where(values == value, tokens, 0x7FFFFFFF), axis=0)
                 tl.store(out_ptr + row, tl.minimum(token, vocab - 1))
@@ -398,7 +420,9 @@ def process_logits(
         if not rows or not entries:
             continue
         block = min(power_of_two(entries), 2048)
-        _process_kernel[(rows, triton.cdiv(entries, block))](
+        launch(
+            _process_kernel,
+            (rows, triton.cdiv(entries, block)),
             logits,
             out,
             slots,
@@ -480,7 +504,9 @@ def sample(
     filtered = top_k is not None and not greedy
     if filtered:
         block = min(power_of_two(vocab), 8192)
-        _threshold_kernel[(rows,)](
+        launch(
+            _threshold_kernel,
+            (rows,),
             logits,
             slots,
             temperature,
@@ -497,13 +523,12 @@ def sample(
         )
     block = min(power_of_two(vocab), 1024)
     # The maximum is exact, so the number of programs may follow the batch.
-    # By the power of two of the rows: every other cut would be compiled anew.
-    splits = max(
-        1, min(triton.cdiv(4 * num_sms(logits.device), power_of_two(rows)), triton.cdiv(vocab, block), workspace.MAX_SPLITS)
-    )
+    splits = max(1, min(triton.cdiv(16 * num_sms(logits.device), rows), triton.cdiv(vocab, block), workspace.MAX_SPLITS))
     share = triton.cdiv(triton.cdiv(vocab, splits), block) * block
     splits = triton.cdiv(vocab, share)
-    _draw_kernel[(rows, splits)](
+    launch(
+        _draw_kernel,
+        (rows, splits),
         logits,
         slots,
         temperature,
@@ -517,8 +542,8 @@ def sample(
         logits.stride(0),
         vocab,
         share,
-        SPLITS=splits,
-        SPLITS_BLOCK=power_of_two(splits),
+        splits,
+        SPLITS_BLOCK=workspace.MAX_SPLITS,
         FILTER=filtered,
         RANDOM=not greedy,
         BLOCK=block,
@@ -554,7 +579,9 @@ def token_logprobs(
     if rows:
         block = min(power_of_two(triton.cdiv(vocab, LOGPROB_SPLITS)), 1024)
         share = triton.cdiv(triton.cdiv(vocab, LOGPROB_SPLITS), block) * block
-        _logprob_kernel[(rows, LOGPROB_SPLITS)](
+        launch(
+            _logprob_kernel,
+            (rows, LOGPROB_SPLITS),
             logits,
             tokens,
             workspace.values,

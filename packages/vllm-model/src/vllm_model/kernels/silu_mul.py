@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
 
 
 @triton.jit
@@ -42,8 +42,18 @@ def silu_mul(x: torch.Tensor, out: torch.Tensor | None = None, *, pdl: bool = Fa
     warps = max(block // 256, 1)
     if tokens and width:
         grid = (tokens, triton.cdiv(width, block))
-        _silu_mul_kernel[grid](
-            x, out, x.stride(0), out.stride(0), width, BLOCK=block, PDL=pdl, num_warps=warps, **launch_options(pdl)
+        launch(
+            _silu_mul_kernel,
+            grid,
+            x,
+            out,
+            x.stride(0),
+            out.stride(0),
+            width,
+            BLOCK=block,
+            PDL=pdl,
+            num_warps=warps,
+            **launch_options(pdl),
         )
     return out
 
