@@ -209,7 +209,7 @@ class CudaBackend:
         with compiled_together():
             for size in {self._sizes[0], min(2, self._sizes[-1]), min(64, self._sizes[-1]), self._sizes[-1]}:
                 staged = torch.full((FIELDS * size,), -1, dtype=torch.int32, device=self.device)
-                self._decode_step(staged, size, "plain")
+                self._decode_step(staged, size, "plain", torch.zeros)  # what is not launched leaves no token ids
             tokens = torch.zeros(128, dtype=torch.int32, device=self.device)
             none, starts = tokens[:4] - 1, tokens[:8]
 
@@ -310,9 +310,11 @@ class CudaBackend:
         self._pool = self._pool or graph.pool()
         return _Graph(graph, staged, tokens)
 
-    def _decode_step(self, staged: torch.Tensor, size: int, mode: str) -> torch.Tensor:
+    def _decode_step(
+        self, staged: torch.Tensor, size: int, mode: str, make: Callable[..., torch.Tensor] = torch.empty
+    ) -> torch.Tensor:
         """Everything between the staged rows and the tokens, int32 ``[size]``."""
-        ints = torch.empty(4, -(-size // 4) * 4, dtype=torch.int32, device=self.device)
+        ints = make(4, -(-size // 4) * 4, dtype=torch.int32, device=self.device)
         token_ids, positions, slots, seq_lens = ints[:, :size]
         pdl = self._pdl
         launch(
