@@ -104,3 +104,47 @@ def test_a_mixed_load_with_preemption_and_aborts_ends_clean(folder: Path) -> Non
         assert choice.finish_reason in ("length", "abort")
         assert all(0 <= token < 1000 for token in choice.token_ids)
     assert engine.scheduler.pool.num_free == 80
+
+
+def test_a_shared_prefix_changes_nothing(random_model: Callable[..., tuple[Path, Any]]) -> None:
+    """Rows behind a common prefix read it apart; reductions differ, so a near tie may fall the other way."""
+    folder, _ = random_model("Qwen3ForCausalLM", **SHAPE, max_position_embeddings=2048)
+    rng = np.random.default_rng(3)
+    head = rng.integers(0, 1000, 700).tolist()
+    prompts = [head + rng.integers(0, 1000, 5 + i).tolist() for i in range(20)]
+
+    def run(shared: bool) -> list[list[int]]:
+        engine = Engine(load(folder), config=EngineConfig(max_num_seqs=32, enable_prefix_caching=shared))
+        engine.add_request("first", head, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        while engine.has_unfinished_requests():
+            engine.step()
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        outputs = [engine.add_request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+        while engine.has_unfinished_requests():
+            engine.step()
+        shared_graphs = [key for key in engine.target_model._graphs if key[2]]  # type: ignore[attr-defined]
+        assert bool(shared_graphs) == shared
+        return [output.outputs[0].token_ids for output in outputs]
+
+    alone, together = run(False), run(True)
+    assert sum(a == b for a, b in zip(alone, together, strict=True)) >= 16
+
+
+def test_a_full_first_chunk_is_a_graph(random_model: Callable[..., tuple[Path, Any]]) -> None:
+    """The same tokens as when the prompt runs in smaller chunks."""
+    folder, _ = random_model("Qwen3ForCausalLM", **SHAPE, max_position_embeddings=4096)
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(0, 1000, length).tolist() for length in (1024, 1025, 2048, 1500, 3000)]
+
+    def run(budget: int) -> list[list[int]]:
+        engine = Engine(load(folder), config=EngineConfig(max_num_seqs=8, max_num_batched_tokens=budget))
+        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        outputs = []
+        for i, prompt in enumerate(prompts):
+            outputs.append(engine.add_request(str(i), prompt, params))
+            while engine.has_unfinished_requests():
+                engine.step()
+        return [output.outputs[0].token_ids for output in outputs]
+
+    small, large = run(256), run(1024)
+    assert sum(a == b for a, b in zip(small, large, strict=True)) >= 4

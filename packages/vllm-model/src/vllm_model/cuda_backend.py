@@ -28,6 +28,7 @@ from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
 from vllm_model.kernels.rms_norm import rms_norm
 from vllm_model.kernels.sampling import SamplerWorkspace, sample
+from vllm_model.kernels.shared_prefix import PREFIX_TILE, PrefixWorkspace, attend_prefix, join_prefix
 from vllm_model.kernels.silu_mul import silu_mul
 from vllm_model.kv_cache import PagedKvCache
 from vllm_model.model_config import ModelConfig
@@ -46,8 +47,14 @@ MAX_DRAFT_TOKENS = 8
 """Most guesses in a row."""
 FEW_ROWS = 16
 """Up to here decode attention runs in another shape: there is less to read than programs to start."""
-FIELDS = 5
-"""Of a row that the host sends: slot, position, token, place in the block tables, block."""
+SHARED_ROWS = 8
+"""Least rows with a common prefix for which its keys are read apart."""
+SHARED_TOKENS = 512
+"""Least length of such a prefix."""
+FIELDS = 6
+"""Of a row that the host sends: slot, position, token, place in the block tables, block, and how much of it is shared."""
+LEADER = 4
+"""Behind the rows: a slot with the shared prefix, its length, and room."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -78,6 +85,15 @@ def _keep_kernel(tokens, slots, last_token, rows, B: tl.constexpr):  # noqa: N80
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """From a layer, its queries ``[tokens, heads, head_dim]`` and its QKV ``[tokens or more, width]`` to what is attended."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    """The shared prefix of a step's rows: a slot that has it, its tokens, and bool ``[rows]``, who has it."""
+
+    leader: int
+    length: int
+    members: npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True)
@@ -136,7 +152,7 @@ class CudaBackend:
         self._cos_sin = torch.cat(self.decoder.rotary, dim=1).contiguous()  # [max_len, head_dim]
         self._kv_cache_memory_bytes = kv_cache_memory_bytes
         self._gpu_memory_utilization = gpu_memory_utilization
-        self._graphs: dict[tuple[int, str], _Graph] = {}
+        self._graphs: dict[tuple[int, str, bool], _Graph] = {}
         self._pdl = torch.version.hip is None and torch.cuda.get_device_capability(self.device)[0] >= 9
         self._library = can_use_library(self.device, self.dtype, config.head_dim)
         self._pool: Any = None
@@ -193,23 +209,29 @@ class CudaBackend:
             )
             for most in (min(rows, FEW_ROWS), rows)
         ]
+        self._prefix_workspace = PrefixWorkspace(rows, config.num_heads, config.head_dim, device)
+        self._prefix_key = b""
+        self._prefix: _Prefix | None = None
         self._workspace = SamplerWorkspace(rows, device)
         self._sizes = [*(size for size in GRAPH_SIZES if size < rows), rows]
         self._ring = [torch.zeros(rows * (1 + MAX_DRAFT_TOKENS), dtype=torch.int32, pin_memory=True) for _ in range(RING)]
-        self._staging = [torch.zeros(FIELDS * rows, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+        self._staging = [torch.zeros(FIELDS * rows + LEADER, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
         self._stream = torch.cuda.Stream(device)
         self._turn = 0
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            self._compile(max_num_batched_tokens)
+            self._compile()
+            self._chunk = self._capture_chunk(max_num_batched_tokens) if self._library else None
             for size in reversed(self._sizes):  # the largest first: the others fit into its memory
-                self._graphs[size, "plain"] = self._capture(size, "plain")
+                self._graphs[size, "plain", False] = self._capture(size, "plain", False)
 
-    def _compile(self, max_num_batched_tokens: int) -> None:
-        """What steps need, several kernels at once; and the library's plan for the longest chunk."""
+    def _compile(self) -> None:
+        """What steps need, several kernels at once."""
         with compiled_together():
-            for size in {self._sizes[0], min(2, self._sizes[-1]), min(64, self._sizes[-1]), self._sizes[-1]}:
-                staged = torch.full((FIELDS * size,), -1, dtype=torch.int32, device=self.device)
-                self._decode_step(staged, size, "plain", torch.zeros)  # what is not launched leaves no token ids
+            for size in sorted({self._sizes[0], min(2, self._sizes[-1]), min(64, self._sizes[-1]), self._sizes[-1]}):
+                staged = torch.zeros(FIELDS * size + LEADER, dtype=torch.int32, device=self.device)
+                self._decode_step(staged, size, "plain", False, torch.zeros)  # what is not launched leaves no token ids
+            if self._sizes[-1] > FEW_ROWS:
+                self._decode_step(staged, size, "plain", True, torch.zeros)
             tokens = torch.zeros(128, dtype=torch.int32, device=self.device)
             none, starts = tokens[:4] - 1, tokens[:8]
 
@@ -219,12 +241,6 @@ class CudaBackend:
 
             for room in (0, len(tokens)) if self._library else (0,):
                 self._layers(tokens, tokens, tokens, attend, None, room=room)
-        if self._library and max_num_batched_tokens >= LEAST:
-            room = padded(max_num_batched_tokens)
-            heads = (self.config.num_heads + 2 * self.config.num_kv_heads) * self.config.head_dim
-            qkv = torch.zeros(room, heads, dtype=self.dtype, device=self.device)
-            q = torch.zeros(room, self.config.num_heads, self.config.head_dim, dtype=self.dtype, device=self.device)
-            self._library_prefill(q, qkv, 0, max_num_batched_tokens)
 
     def submit(self, batch: Batch) -> _Step | CompletedStep:
         try:
@@ -234,6 +250,8 @@ class CudaBackend:
                     return self._run_with_host(batch)
                 if batch.num_tokens == batch.num_rows:  # so there are no guesses
                     return self._decode(batch)
+                if self._chunk is not None and self._fits_chunk(batch):
+                    return self._run_chunk(batch, self._chunk)
                 entries = sampled_entries(batch)
                 if entries.width > 1:
                     return self._finish(batch, self._verify(batch, entries))
@@ -254,6 +272,7 @@ class CudaBackend:
         changed = batch.changed_slots
         if len(changed) == 0:
             return
+        self._prefix_key = b""
         state, index = batch.state, self._to_device(changed, np.int64)
         floats = np.stack([state.temperature[changed], state.top_p[changed], state.min_p[changed]])
         self._floats[:, index] = self._to_device(floats, np.float32)
@@ -266,11 +285,25 @@ class CudaBackend:
             params = state.params[slot]
             self._needs_host[slot] = params is not None and may_need_host(params)
 
-    def _stage(self, batch: Batch, size: int) -> torch.Tensor:
-        """What a step of single tokens sends: pinned int32 ``[FIELDS, size]``."""
+    def _send_blocks(self, batch: Batch) -> None:
+        """Bring new blocks of running sequences to the device."""
+        state = batch.state
+        grown = np.flatnonzero(state.num_blocks[batch.slots] > self._sent_blocks[batch.slots])
+        for slot in batch.slots[grown].tolist():
+            sent, now = int(self._sent_blocks[slot]), int(state.num_blocks[slot])
+            self._tables[slot, sent:now] = self._to_device(state.block_tables[slot, sent:now], np.int32)
+            self._sent_blocks[slot] = now
+
+    def _stage(self, batch: Batch, size: int, prefix: _Prefix | None) -> torch.Tensor:
+        """What a step of single tokens sends: pinned int32 ``[FIELDS * size + LEADER]``."""
         state, slots, rows = batch.state, batch.slots, batch.num_rows
-        pinned = self._staging[self._turn % RING][: FIELDS * size]
-        staged = pinned.numpy().reshape(FIELDS, size)
+        pinned = self._staging[self._turn % RING][: FIELDS * size + LEADER]
+        ints = pinned.numpy()
+        staged = ints[: FIELDS * size].reshape(FIELDS, size)
+        if prefix is not None:
+            staged[5] = 0
+            staged[5, :rows] = prefix.members * prefix.length
+            ints[FIELDS * size :] = prefix.leader, prefix.length, 0, 0
         staged[0], staged[3] = -1, -1
         staged[0, :rows], staged[1, :rows], staged[2, :rows] = slots, batch.num_computed, batch.token_ids
         grown = np.flatnonzero(state.num_blocks[slots] > self._sent_blocks[slots])
@@ -293,25 +326,92 @@ class CudaBackend:
         size = next(size for size in self._sizes if size >= batch.num_rows)
         slots = batch.slots
         mode = _mode(batch.state, slots)
-        found = self._graphs.get((size, mode))
+        prefix = self._shared_prefix(batch)
+        key = (size, mode, prefix is not None)
+        found = self._graphs.get(key)
         if found is None:
-            found = self._graphs[size, mode] = self._capture(size, mode)
-        found.staged.copy_(self._stage(batch, size), non_blocking=True)
+            found = self._graphs[key] = self._capture(*key)
+        found.staged.copy_(self._stage(batch, size, prefix), non_blocking=True)
         found.graph.replay()
         return self._finish(batch, found.tokens)
 
-    def _capture(self, size: int, mode: str) -> _Graph:
-        staged = torch.full((FIELDS * size,), -1, dtype=torch.int32, device=self.device)
-        self._decode_step(staged, size, mode)  # compiles what is not compiled yet; slots of -1 touch nothing
+    def _fits_chunk(self, batch: Batch) -> bool:
+        """Whether a step is the first chunk of a prompt, of full length: what ``_run_chunk`` runs."""
+        first = batch.num_rows == 1 and batch.num_computed[0] == 0 and batch.num_draft[0] == 0
+        return bool(first) and batch.num_tokens == self._chunk_length and _mode(batch.state, batch.slots) != "filtered"
+
+    def _capture_chunk(self, length: int) -> _Graph | None:
+        """A long first chunk as a graph: to launch its kernels one by one takes longer than they do on a small model."""
+        self._chunk_length = length
+        if length < LEAST or length != padded(length):
+            return None
+        staged = torch.zeros(3 * length + 4, dtype=torch.int32, device=self.device)
+        staged[2 * length :] = -1  # nothing is written
+        self._chunk_staging = [torch.zeros(3 * length + 4, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+        keep = torch.tensor([length - 1], device=self.device)
+
+        def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+            return self._library_prefill(q, qkv, 0, length)
+
+        def run() -> torch.Tensor:
+            token_ids, positions, slots = staged[: 3 * length].view(3, length)
+            hidden = self._layers(token_ids, positions, slots, attend, keep, room=length)
+            slot, position = staged[3 * length : 3 * length + 1], staged[3 * length + 1 : 3 * length + 2]
+            tokens = self._draw(self._logits(hidden), slot, position, "plain")
+            self._keep(tokens, slot)
+            return tokens
+
+        run()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            tokens = self._decode_step(staged, size, mode)
+            tokens = run()
+        self._pool = self._pool or graph.pool()
+        return _Graph(graph, staged, tokens)
+
+    def _run_chunk(self, batch: Batch, chunk: _Graph) -> _Step:
+        length, slot = batch.num_tokens, int(batch.slots[0])
+        self._send_blocks(batch)
+        pinned = self._chunk_staging[self._turn % RING]
+        ints = pinned.numpy()
+        parts = ints[: 3 * length].reshape(3, length)
+        parts[0], parts[1], parts[2] = batch.token_ids, np.arange(length), slot
+        ints[3 * length : 3 * length + 2] = slot if batch.sample[0] else -1, length
+        chunk.staged.copy_(pinned, non_blocking=True)
+        chunk.graph.replay()
+        return self._finish(batch, chunk.tokens)
+
+    def _shared_prefix(self, batch: Batch) -> _Prefix | None:
+        """What most rows of a step of single tokens have in common, if it pays to read that apart."""
+        slots, state = batch.slots, batch.state
+        if len(slots) < SHARED_ROWS or self._plans[1].config.tile > PREFIX_TILE:
+            return None
+        key = slots.tobytes()
+        if key != self._prefix_key:
+            self._prefix_key, self._prefix = key, None
+            blocks, counts = np.unique(state.block_tables[slots, 0], return_counts=True)
+            if counts.max() >= max(SHARED_ROWS, len(slots) // 2):
+                members = state.block_tables[slots, 0] == blocks[counts.argmax()]
+                tables = state.block_tables[slots[members], : int((batch.num_computed[members] // state.block_size).min())]
+                same = np.append((tables == tables[0]).all(axis=0), False)
+                length = int(same.argmin()) * state.block_size // PREFIX_TILE * PREFIX_TILE
+                if length >= SHARED_TOKENS:
+                    self._prefix = _Prefix(int(slots[members][0]), length, members)
+        return self._prefix
+
+    def _capture(self, size: int, mode: str, shared: bool) -> _Graph:
+        staged = torch.full((FIELDS * size + LEADER,), -1, dtype=torch.int32, device=self.device)
+        staged[(FIELDS - 1) * size :] = 0
+        self._decode_step(staged, size, mode, shared)  # compiles what is not compiled yet; slots of -1 touch nothing
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            tokens = self._decode_step(staged, size, mode, shared)
         self._pool = self._pool or graph.pool()
         return _Graph(graph, staged, tokens)
 
     def _decode_step(
-        self, staged: torch.Tensor, size: int, mode: str, make: Callable[..., torch.Tensor] = torch.empty
+        self, staged: torch.Tensor, size: int, mode: str, shared: bool, make: Callable[..., torch.Tensor] = torch.empty
     ) -> torch.Tensor:
         """Everything between the staged rows and the tokens, int32 ``[size]``."""
         ints = make(4, -(-size // 4) * 4, dtype=torch.int32, device=self.device)
@@ -331,10 +431,17 @@ class CudaBackend:
             B=self._rows_block,
         )
         plan = self._plan_for(size)
-        plan.update(seq_lens, slots, self._tables, pdl=pdl)
+        skips = staged[(FIELDS - 1) * size : FIELDS * size] if shared else None
+        plan.update(seq_lens, slots, self._tables, skips=skips, pdl=pdl)
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-            return paged_decode(q, self._cache.layers[layer], plan, pdl=pdl)
+            cache = self._cache.layers[layer]
+            if skips is None:
+                return paged_decode(q, cache, plan, pdl=pdl)
+            attend_prefix(q, cache, self._tables, staged[FIELDS * size :], self._prefix_workspace, pdl=pdl)
+            out = paged_decode(q, cache, plan, lse=self._prefix_workspace.lse, pdl=pdl)
+            join_prefix(out, skips, self._prefix_workspace, pdl=pdl)
+            return out
 
         hidden = self._layers(token_ids, positions, slots, attend, None)
         tokens = self._draw(self._logits(hidden), slots, positions + 1, mode)
@@ -343,12 +450,8 @@ class CudaBackend:
 
     def _forward(self, batch: Batch, wanted: npt.NDArray[np.int64] | None = None) -> torch.Tensor:
         """Any step, kernel by kernel: hidden states ``[rows, hidden]`` of each row's last token, or of ``wanted``."""
-        state, lens = batch.state, batch.query_lens
-        grown = np.flatnonzero(state.num_blocks[batch.slots] > self._sent_blocks[batch.slots])
-        for slot in batch.slots[grown].tolist():
-            sent, now = int(self._sent_blocks[slot]), int(state.num_blocks[slot])
-            self._tables[slot, sent:now] = self._to_device(state.block_tables[slot, sent:now], np.int32)
-            self._sent_blocks[slot] = now
+        lens = batch.query_lens
+        self._send_blocks(batch)
         rows = np.repeat(np.arange(batch.num_rows), lens)
         positions = np.arange(batch.num_tokens) - batch.query_start[rows] + batch.num_computed[rows]
         tokens = batch.token_ids
@@ -430,8 +533,9 @@ class CudaBackend:
         eps = config.rms_norm_eps
         residual = F.embedding(token_ids, decoder.embedding)  # [tokens, hidden]
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        qkv_room = residual.new_zeros(room, width) if room else None
-        q_room = residual.new_zeros(room, config.num_heads, config.head_dim) if room else None
+        make = residual.new_zeros if room > tokens else residual.new_empty
+        qkv_room = make(room, width) if room else None
+        q_room = make(room, config.num_heads, config.head_dim) if room else None
         thin = tokens <= THIN_ROWS
         update: torch.Tensor | None = None
         for index, layer in enumerate(decoder.layers):

@@ -14,7 +14,7 @@ STEP = 256
 
 def can_use_library(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether this attention is there for a device and a shape of heads."""
-    if device.type != "cuda" or torch.version.hip is not None or not torch.backends.cudnn.is_available():
+    if device.type != "cuda" or torch.version.hip is not None or not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         return False
     fits = dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 128)
     return fits and torch.cuda.get_device_capability(device)[0] == 9
@@ -37,5 +37,5 @@ def library_prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: i
         ``[length, num_heads, head_dim]``.
     """
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))  # [1, heads, tokens, head_dim]
-    out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, 0.0, True, False)[0]
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, 0.0, True, False)[0]
     return out[0].transpose(0, 1)[:length]

@@ -36,6 +36,7 @@ def _plan_kernel(
     plan_ptr,  # [PROGRAMS, 16]
     starts_ptr,  # [rows + 1]
     entries_ptr,  # [tiles * (TILE // UNIT)]
+    skips_ptr,  # [rows] or None
     tables_stride,
     rows,
     KV_HEADS: tl.constexpr,
@@ -52,6 +53,8 @@ def _plan_kernel(
     wait_for_previous(PDL)
     slot = tl.load(slots_ptr + row, mask=row < rows, other=-1)
     length = tl.load(lens_ptr + row, mask=row < rows, other=0)
+    if skips_ptr is not None:
+        length -= tl.load(skips_ptr + row, mask=row < rows, other=0)
     length = tl.where(slot >= 0, length, 0)
     # An empty row has one tile with nothing in it, which writes its zeros.
     tiles = tl.where(row < rows, tl.maximum((length + TILE - 1) // TILE, 1), 0)
@@ -82,13 +85,18 @@ def _plan_kernel(
     for mine in range(program, rows, PROGRAMS):
         my_slot = tl.load(slots_ptr + mine).to(tl.int64)
         my_length = tl.where(my_slot >= 0, tl.load(lens_ptr + mine), 0)
+        skipped = 0
+        if skips_ptr is not None:
+            skip = tl.load(skips_ptr + mine)
+            skipped = skip // UNIT
+            my_length = tl.maximum(my_length - skip, 0)
         my_first = tl.sum(tl.where(row < mine, tiles, 0), axis=0) * per_tile
         units = tl.maximum((my_length + TILE - 1) // TILE, 1) * per_tile
         for start in range(0, units, ENTRIES_BLOCK):
             unit = start + tl.arange(0, ENTRIES_BLOCK)
             count = tl.minimum(tl.maximum(my_length - unit * UNIT, 0), UNIT)
-            block = tl.load(tables_ptr + my_slot * tables_stride + unit // per_block, mask=count > 0, other=0)
-            place = block * per_block + unit % per_block
+            block = tl.load(tables_ptr + my_slot * tables_stride + (skipped + unit) // per_block, mask=count > 0, other=0)
+            place = block * per_block + (skipped + unit) % per_block
             tl.store(entries_ptr + my_first + unit, (place << 8) | count, mask=unit < units)
 
 
@@ -104,6 +112,7 @@ def _merge(
     part_ptr,
     stats_ptr,
     count_ptr,
+    lse_ptr,
     v_scale_ptr,
     total,
     each,
@@ -155,6 +164,9 @@ def _merge(
                 result *= tl.load(v_scale_ptr + head)
             where = (row * QUERIES + m // GROUP).to(tl.int64)[:, None] * q_stride + d[None, :]
             where += ((head * GROUP + m % GROUP) * HEAD_DIM)[:, None]
+            if lse_ptr is not None:
+                its = (row * QUERIES + m // GROUP) * (KV_HEADS * GROUP) + head * GROUP + m % GROUP
+                tl.store(lse_ptr + its, highest + tl.log2(denominator), mask=m_mask)
             tl.store(out_ptr + where, result.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & (d < HEAD_DIM)[None, :])
 
 
@@ -170,6 +182,7 @@ def _decode_kernel(
     part_ptr,  # float32 [PROGRAMS, 2, M, D_BLOCK]
     stats_ptr,  # float32 [PROGRAMS, 2, 2, M]: maximum, sum
     count_ptr,  # int32 [rows * KV_HEADS], zero between launches
+    lse_ptr,  # float32 [rows * QUERIES, KV_HEADS * GROUP] or None
     k_scale_ptr,  # float32 [KV_HEADS]
     v_scale_ptr,
     block_stride,
@@ -266,6 +279,9 @@ def _decode_kernel(
                     if FP8:
                         result *= tl.load(v_scale_ptr + head)
                     tl.store(out_ptr + base + io, result.to(out_ptr.dtype.element_ty), mask=io_mask)
+                    if lse_ptr is not None:
+                        its = (row * QUERIES + m // GROUP) * (KV_HEADS * GROUP) + head * GROUP + m % GROUP
+                        tl.store(lse_ptr + its, highest + tl.log2(denominator), mask=m_mask)
                 else:
                     # A program holds at most one part without the pair's beginning (0) and one with it, but not its end (1).
                     part = program * 2 + starts_here.to(tl.int32)
@@ -304,6 +320,7 @@ def _decode_kernel(
                     part_ptr,
                     stats_ptr,
                     count_ptr,
+                    lse_ptr,
                     v_scale_ptr,
                     total,
                     each,
@@ -390,13 +407,22 @@ class DecodePlan:
         self.stats = torch.empty(self.programs, 2, 2, rows, dtype=torch.float32, device=self.device)
         self.counts = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=self.device)
 
-    def update(self, seq_lens: torch.Tensor, slots: torch.Tensor, block_tables: torch.Tensor, *, pdl: bool = False) -> None:
+    def update(
+        self,
+        seq_lens: torch.Tensor,
+        slots: torch.Tensor,
+        block_tables: torch.Tensor,
+        *,
+        skips: torch.Tensor | None = None,
+        pdl: bool = False,
+    ) -> None:
         """Cut the step's work: once a step, before the first layer.
 
         Args:
             seq_lens: int32 ``[rows]``, keys of each row with this step's own; on the device, read there.
             slots: int32 ``[rows]``; -1: padding, as if its length were 0.
             block_tables: int32 ``[max_slots, max_blocks]``.
+            skips: int32 ``[rows]``: leave out that many first keys, whole tiles; for one query a row.
             pdl: Programmatic dependent launch.
 
         Raises:
@@ -414,6 +440,7 @@ class DecodePlan:
             self.plan,
             self.starts,
             self.entries,
+            skips,
             block_tables.stride(0),
             rows,
             KV_HEADS=self.num_kv_heads,
@@ -436,6 +463,7 @@ def paged_decode(
     *,
     queries: int = 1,
     first_positions: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
     scale: float | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
@@ -452,6 +480,7 @@ def paged_decode(
         queries: Query tokens of each row.
         first_positions: int32 ``[rows]``, for more than one query: query ``j`` of a row sees the keys up to position
             ``first + j``, as far as the row has them.
+        lse: float32 ``[rows * queries, num_heads]``: the binary logarithm of each softmax's sum, to be written.
         scale: Of the products; ``head_dim ** -0.5`` when None.
         k_scale: float32 ``[num_kv_heads]``, for an e4m3 cache.
         v_scale: float32 ``[num_kv_heads]``, likewise.
@@ -497,6 +526,7 @@ def paged_decode(
         plan.parts,
         plan.stats,
         plan.counts,
+        lse,
         k_scale,
         v_scale,
         kv_cache.stride(0),
