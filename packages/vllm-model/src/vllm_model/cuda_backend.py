@@ -45,6 +45,10 @@ THIN_ROWS = 2
 """Most rows for which our own products beat the library's."""
 MAX_DRAFT_TOKENS = 8
 """Most guesses in a row."""
+CHUNK_PARTS = (1, 2, 4, 8)
+"""Steps with prompts are graphs of these parts of the longest: one by one their launches take longer than a small model."""
+CHUNK_ROW_FIELDS = 6
+"""Of a row of such a step: slot, start, position, last token, slot to sample for, position to sample."""
 FEW_ROWS = 16
 """Up to here decode attention runs in another shape: there is less to read than programs to start."""
 SHARED_ROWS = 8
@@ -220,13 +224,22 @@ class CudaBackend:
         self._turn = 0
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             self._compile()
-            self._chunk = self._capture_chunk(max_num_batched_tokens) if self._library else None
+            self._chunk_sizes = sorted(max_num_batched_tokens // part for part in CHUNK_PARTS)
+            self._row_room = -(-(rows + 1) // 4) * 4
+            room = 3 * max_num_batched_tokens + CHUNK_ROW_FIELDS * self._row_room
+            self._chunk_staging = [torch.zeros(room, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
+            for size in reversed(self._chunk_sizes if self._chunk_sizes[0] > THIN_ROWS else []):
+                self._graphs[size, "chunk", False] = self._capture_chunk(size, None)
+            if self._library and LEAST <= max_num_batched_tokens == padded(max_num_batched_tokens):
+                self._graphs[max_num_batched_tokens, "prompt", False] = self._capture_chunk(
+                    max_num_batched_tokens, self._library_prefill
+                )
             for size in reversed(self._sizes):  # the largest first: the others fit into its memory
                 self._graphs[size, "plain", False] = self._capture(size, "plain", False)
 
     def _compile(self) -> None:
         """What steps need, several kernels at once."""
-        with compiled_together():
+        with compiled_together(self.device):
             for size in sorted({self._sizes[0], min(2, self._sizes[-1]), min(64, self._sizes[-1]), self._sizes[-1]}):
                 staged = torch.zeros(FIELDS * size + LEADER, dtype=torch.int32, device=self.device)
                 self._decode_step(staged, size, "plain", False, torch.zeros)  # what is not launched leaves no token ids
@@ -250,8 +263,9 @@ class CudaBackend:
                     return self._run_with_host(batch)
                 if batch.num_tokens == batch.num_rows:  # so there are no guesses
                     return self._decode(batch)
-                if self._chunk is not None and self._fits_chunk(batch):
-                    return self._run_chunk(batch, self._chunk)
+                size = self._chunk_size(batch)
+                if size is not None:
+                    return self._run_chunk(batch, size)
                 entries = sampled_entries(batch)
                 if entries.width > 1:
                     return self._finish(batch, self._verify(batch, entries))
@@ -335,51 +349,67 @@ class CudaBackend:
         found.graph.replay()
         return self._finish(batch, found.tokens)
 
-    def _fits_chunk(self, batch: Batch) -> bool:
-        """Whether a step is the first chunk of a prompt, of full length: what ``_run_chunk`` runs."""
-        first = batch.num_rows == 1 and batch.num_computed[0] == 0 and batch.num_draft[0] == 0
-        return bool(first) and batch.num_tokens == self._chunk_length and _mode(batch.state, batch.slots) != "filtered"
-
-    def _capture_chunk(self, length: int) -> _Graph | None:
-        """A long first chunk as a graph: to launch its kernels one by one takes longer than they do on a small model."""
-        self._chunk_length = length
-        if length < LEAST or length != padded(length):
+    def _chunk_size(self, batch: Batch) -> int | None:
+        """Tokens of the graph that runs a step with prompts, if there is one."""
+        if (batch.num_draft > 0).any() or 2 * batch.num_tokens <= self._chunk_sizes[0]:
             return None
-        staged = torch.zeros(3 * length + 4, dtype=torch.int32, device=self.device)
-        staged[2 * length :] = -1  # nothing is written
-        self._chunk_staging = [torch.zeros(3 * length + 4, dtype=torch.int32, pin_memory=True) for _ in range(RING)]
-        keep = torch.tensor([length - 1], device=self.device)
+        size = next(size for size in self._chunk_sizes if size >= batch.num_tokens)
+        known = (size, "chunk", False) in self._graphs
+        return size if known and _mode(batch.state, batch.slots[batch.sample]) != "filtered" else None
+
+    def _capture_chunk(self, size: int, library: Callable[..., torch.Tensor] | None) -> _Graph:
+        """A step of up to ``size`` tokens of any rows; with ``library``, of that many of one prompt from its beginning."""
+        room = self._row_room
+        staged = torch.zeros(3 * size + CHUNK_ROW_FIELDS * room, dtype=torch.int32, device=self.device)
+        tokens, rows = staged[: 3 * size].view(3, size), staged[3 * size :].view(CHUNK_ROW_FIELDS, room)
+        tokens[2], rows[0], rows[4] = -1, -1, -1  # nothing is written
+        most = self._workspace.max_rows
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-            return self._library_prefill(q, qkv, 0, length)
+            if library is not None:
+                return library(q, qkv, 0, size)
+            return paged_prefill(
+                q, self._cache.layers[layer], self._tables, rows[0, :most], rows[1, : most + 1], rows[2, :most]
+            )
 
         def run() -> torch.Tensor:
-            token_ids, positions, slots = staged[: 3 * length].view(3, length)
-            hidden = self._layers(token_ids, positions, slots, attend, keep, room=length)
-            slot, position = staged[3 * length : 3 * length + 1], staged[3 * length + 1 : 3 * length + 2]
-            tokens = self._draw(self._logits(hidden), slot, position, "plain")
-            self._keep(tokens, slot)
-            return tokens
+            last = self._last_token[tokens[2].clamp(min=0)]
+            token_ids = torch.where(tokens[0] < 0, last, tokens[0])
+            keep = rows[3, :most].long()
+            hidden = self._layers(token_ids, tokens[1], tokens[2], attend, keep, room=0 if library is None else size)
+            drawn = self._draw(self._logits(hidden), rows[4, :most], rows[5, :most], "plain")
+            self._keep(drawn, rows[4, :most])
+            return drawn
 
         run()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            tokens = run()
+            drawn = run()
         self._pool = self._pool or graph.pool()
-        return _Graph(graph, staged, tokens)
+        return _Graph(graph, staged, drawn)
 
-    def _run_chunk(self, batch: Batch, chunk: _Graph) -> _Step:
-        length, slot = batch.num_tokens, int(batch.slots[0])
+    def _run_chunk(self, batch: Batch, size: int) -> _Step:
         self._send_blocks(batch)
-        pinned = self._chunk_staging[self._turn % RING]
+        lens, n, end = batch.query_lens, batch.num_rows, batch.num_tokens
+        whole = n == 1 and batch.num_computed[0] == 0 and end == size and (size, "prompt", False) in self._graphs
+        graph = self._graphs[size, "prompt" if whole else "chunk", False]
+        pinned = self._chunk_staging[self._turn % RING][: len(graph.staged)]
         ints = pinned.numpy()
-        parts = ints[: 3 * length].reshape(3, length)
-        parts[0], parts[1], parts[2] = batch.token_ids, np.arange(length), slot
-        ints[3 * length : 3 * length + 2] = slot if batch.sample[0] else -1, length
-        chunk.staged.copy_(pinned, non_blocking=True)
-        chunk.graph.replay()
-        return self._finish(batch, chunk.tokens)
+        tokens, rows = ints[: 3 * size].reshape(3, size), ints[3 * size :].reshape(CHUNK_ROW_FIELDS, -1)
+        member = np.repeat(np.arange(n), lens)
+        tokens[0, :end], tokens[0, end:] = batch.token_ids, 0
+        tokens[1, :end], tokens[1, end:] = np.arange(end) + (batch.num_computed - batch.query_start[:-1])[member], 0
+        tokens[2, :end], tokens[2, end:] = batch.slots[member], -1
+        rows[0, :n], rows[0, n:] = batch.slots, -1
+        rows[1, : n + 1], rows[1, n + 1 :] = batch.query_start, end
+        rows[2, :n], rows[2, n:] = batch.num_computed, 0
+        rows[3, :n], rows[3, n:] = batch.query_start[1:] - 1, 0
+        rows[4, :n], rows[4, n:] = np.where(batch.sample, batch.slots, -1), -1
+        rows[5, :n], rows[5, n:] = batch.num_computed + lens, 0
+        graph.staged.copy_(pinned, non_blocking=True)
+        graph.graph.replay()
+        return self._finish(batch, graph.tokens)
 
     def _shared_prefix(self, batch: Batch) -> _Prefix | None:
         """What most rows of a step of single tokens have in common, if it pays to read that apart."""

@@ -12,24 +12,29 @@ import torch
 import triton
 import triton.language as tl
 
-_COMPILING: ContextVar[bool] = ContextVar("_COMPILING", default=False)
+_COMPILING: ContextVar[list[Any] | None] = ContextVar("_COMPILING", default=None)
 
 
 @contextmanager
-def compiled_together(workers: int = 16) -> Iterator[None]:
-    """Within it kernels are not launched but compiled, several at once; it ends when all of them are."""
-    token = _COMPILING.set(True)
+def compiled_together(device: torch.device, workers: int = 16) -> Iterator[None]:
+    """Within it kernels are not launched but compiled, several at once; it ends when all of them are on the device."""
+    kernels: list[Any] = []
+    token = _COMPILING.set(kernels)
     try:
-        with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
-            yield
+        with ThreadPoolExecutor(workers, initializer=torch.cuda.set_device, initargs=(device.index or 0,)) as pool:
+            with triton.AsyncCompileMode(pool):
+                yield
+            ready = {id(kernel): kernel for kernel in (getattr(each, "kernel", None) or each for each in kernels)}
+            list(pool.map(lambda kernel: kernel.run, ready.values()))  # builds what launches it, which takes as long
     finally:
         _COMPILING.reset(token)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](...)``, or within :func:`compiled_together` only what that needs."""
-    if _COMPILING.get():
-        kernel.warmup(*args, grid=grid, **options)
+    compiling = _COMPILING.get()
+    if compiling is not None:
+        compiling.append(kernel.warmup(*args, grid=grid, **options))
     else:
         kernel[grid](*args, **options)
 

@@ -521,7 +521,7 @@ def sample(
             num_warps=max(1, min(32, block // 256)),
             **launch_options(pdl),
         )
-    block = min(power_of_two(vocab), 2048)
+    block = min(power_of_two(vocab), 1024)
     # The maximum is exact, so the number of programs may follow the batch.
     splits = max(1, min(triton.cdiv(16 * num_sms(logits.device), rows), triton.cdiv(vocab, block), workspace.MAX_SPLITS))
     share = triton.cdiv(triton.cdiv(vocab, splits), block) * block
