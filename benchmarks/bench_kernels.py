@@ -138,12 +138,12 @@ def decode() -> None:
             lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
             slots = torch.arange(len(lengths), dtype=torch.int32, device=DEVICE)
             q = bf16(len(lengths), heads, 128)
-            for config in (DecodeConfig(), DecodeConfig(64, 2, 4, 2), DecodeConfig(32, 4, 4, 3), DecodeConfig(128, 1, 8, 3)):
+            for config in (DecodeConfig(), DecodeConfig(32, 4, 2, 5), DecodeConfig(32, 4, 4, 5), DecodeConfig(128, 1, 8, 5)):
 
                 def run(config: DecodeConfig = config, heads: int = heads, name: str = name) -> None:
-                    plan = DecodePlan(len(lengths), heads, 8, 128, DEVICE, 1, config)
-                    plan.update(lens, slots)
-                    us = micros([lambda c=c: paged_decode(q, c, tables, slots, lens, plan) for c in caches])  # type: ignore[misc]
+                    plan = DecodePlan(len(lengths), heads, 8, 128, DEVICE, max_blocks=tables.shape[1], config=config)
+                    plan.update(lens, slots, tables)
+                    us = micros([lambda c=c: paged_decode(q, c, plan) for c in caches])  # type: ignore[misc]
                     report("decode", f"{name} heads {heads}/8", us, moved=sum(lengths) * 8 * 512.0, config=str(config)[12:])
 
                 attempt("decode", f"{name} {config}", run)

@@ -353,7 +353,7 @@ class CudaBackend:
         """Tokens of the graph that runs a step with prompts, if there is one."""
         if (batch.num_draft > 0).any() or 2 * batch.num_tokens <= self._chunk_sizes[0]:
             return None
-        size = next(size for size in self._chunk_sizes if size >= batch.num_tokens)
+        size = next((size for size in self._chunk_sizes if size >= batch.num_tokens), 0)
         known = (size, "chunk", False) in self._graphs
         return size if known and _mode(batch.state, batch.slots[batch.sample]) != "filtered" else None
 

@@ -117,7 +117,7 @@ class LLM:
             One output a prompt, in order.
 
         Raises:
-            InvalidRequestError: A prompt or parameter is wrong; nothing was run.
+            InvalidRequestError: A prompt or parameter is wrong; what was begun is aborted.
         """
         if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
             prompts = [cast("Prompt", prompts)]
@@ -169,6 +169,14 @@ class LLM:
         outputs: list[RequestOutput] = []
         texts: dict[str, list[IncrementalDetokenizer]] = {}
         bar = tqdm(total=len(prompts), desc="Requests", disable=not use_tqdm, dynamic_ncols=True)
+        queued, enough = 0, 2 * self.engine.config.max_num_batched_tokens
+
+        def step() -> None:
+            for output in self.engine.step():
+                if output.request_id in texts:
+                    self._detokenize(output, texts[output.request_id])
+                bar.update(output.finished)
+
         try:
             for prompt, params in zip(prompts, sampling_params, strict=True):
                 request_id = str(self._num_requests)
@@ -178,11 +186,12 @@ class LLM:
                     texts[request_id] = [IncrementalDetokenizer(self.tokenizer, prompt, params) for _ in range(params.n)]
                 elif params.stop_strings:
                     raise InvalidRequestError("stop strings need text: leave detokenize on.", "stop")
+                queued += len(prompt)
+                if queued >= enough:  # the device need not wait until the last prompt is taken in
+                    step()
+                    queued = enough // 2
             while self.engine.has_unfinished_requests():
-                for output in self.engine.step():
-                    if output.request_id in texts:
-                        self._detokenize(output, texts[output.request_id])
-                    bar.update(output.finished)
+                step()
         finally:
             bar.close()
             for output in outputs:

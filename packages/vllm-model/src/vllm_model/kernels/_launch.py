@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel  # type: ignore[attr-defined, unused-ignore]
 
 _COMPILING: ContextVar[list[Any] | None] = ContextVar("_COMPILING", default=None)
 
@@ -24,8 +25,9 @@ def compiled_together(device: torch.device, workers: int = 16) -> Iterator[None]
         with ThreadPoolExecutor(workers, initializer=torch.cuda.set_device, initargs=(device.index or 0,)) as pool:
             with triton.AsyncCompileMode(pool):
                 yield
-            ready = {id(kernel): kernel for kernel in (getattr(each, "kernel", None) or each for each in kernels)}
-            list(pool.map(lambda kernel: kernel.run, ready.values()))  # builds what launches it, which takes as long
+            done = [each if isinstance(each, CompiledKernel) else each.result() for each in kernels]
+            unique = {id(kernel): kernel for kernel in done}.values()
+            list(pool.map(lambda kernel: kernel.run, unique))  # builds what launches it, which takes as long
     finally:
         _COMPILING.reset(token)
 
