@@ -51,7 +51,7 @@ CHUNK_ROW_FIELDS = 6
 """Of a row of such a step: slot, start, position, last token, slot to sample for, position to sample."""
 FEW_ROWS = 16
 """Up to here decode attention runs in another shape: there is less to read than programs to start."""
-SHARED_ROWS = 8
+SHARED_ROWS = 17
 """Least rows with a common prefix for which its keys are read apart."""
 SHARED_TOKENS = 512
 """Least length of such a prefix."""
@@ -341,6 +341,8 @@ class CudaBackend:
         slots = batch.slots
         mode = _mode(batch.state, slots)
         prefix = self._shared_prefix(batch)
+        if prefix is not None:  # few sizes, since each is captured on demand
+            size = min(power_of_two(size), self._sizes[-1])
         key = (size, mode, prefix is not None)
         found = self._graphs.get(key)
         if found is None:

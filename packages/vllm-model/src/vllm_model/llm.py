@@ -189,7 +189,8 @@ class LLM:
                 queued += len(prompt)
                 if queued >= enough:  # the device need not wait until the last prompt is taken in
                     step()
-                    queued = enough // 2
+                    # Once all that was taken in runs, prompts are short or cached: rather take in all of them first.
+                    queued = enough // 2 if self.engine.scheduler.num_waiting else -(1 << 60)
             while self.engine.has_unfinished_requests():
                 step()
         finally:

@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 from triton.compiler import CompiledKernel  # type: ignore[attr-defined, unused-ignore]
 
+from vllm_model.kernels._launchers import build_launchers
+
 _COMPILING: ContextVar[list[Any] | None] = ContextVar("_COMPILING", default=None)
 
 
 @contextmanager
 def compiled_together(device: torch.device, workers: int = 16) -> Iterator[None]:
-    """Within it kernels are not launched but compiled, several at once; it ends when all of them are on the device."""
+    """Within it kernels are not launched but compiled, several at once; it ends when all of them are."""
     kernels: list[Any] = []
     token = _COMPILING.set(kernels)
     try:
@@ -26,8 +28,7 @@ def compiled_together(device: torch.device, workers: int = 16) -> Iterator[None]
             with triton.AsyncCompileMode(pool):
                 yield
             done = [each if isinstance(each, CompiledKernel) else each.result() for each in kernels]
-            unique = {id(kernel): kernel for kernel in done}.values()
-            list(pool.map(lambda kernel: kernel.run, unique))  # builds what launches it, which takes as long
+            build_launchers({id(kernel): kernel for kernel in done}.values(), pool)
     finally:
         _COMPILING.reset(token)
 

@@ -1,0 +1,46 @@
+# mypy: disable-error-code="no-untyped-call, attr-defined, import-not-found, import-untyped, unused-ignore"
+"""Triton 3.6 compiles a C function to launch each kernel, one after the other on first use: here they are built together.
+
+They are only put into its cache on disk; Triton loads them itself, one by one: loaded several at once they get mixed up.
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+NAME = "__triton_launcher"
+
+
+def build_launchers(kernels: Iterable[Any], pool: Executor) -> None:
+    """Build what launches these compiled kernels. Where Triton does it another way, nothing is done."""
+    with suppress(Exception):  # a cache that is not filled costs time alone
+        list(pool.map(_build, {_source(kernel) for kernel in kernels}))
+
+
+def _source(kernel: Any) -> str:
+    from triton.backends.nvidia.driver import make_launcher
+
+    names = kernel.src.fn.arg_names
+    constants = {(names.index(key),) if isinstance(key, str) else key: value for key, value in kernel.src.constants.items()}
+    return str(make_launcher(constants, dict(kernel.src.signature.items()), getattr(kernel.metadata, "tensordesc_meta", None)))
+
+
+def _build(source: str) -> None:
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+    from triton.runtime.cache import get_cache_manager
+
+    cache = get_cache_manager(hashlib.sha256((source + build.platform_key()).encode()).hexdigest())
+    file = f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if cache.get_file(file) is not None:
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"{NAME}.c"
+        path.write_text(source)
+        built = build._build(NAME, str(path), folder, driver.library_dirs(), driver.include_dirs, driver.libraries, [])
+        cache.put(Path(built).read_bytes(), file, binary=True)
