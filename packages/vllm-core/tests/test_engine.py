@@ -109,7 +109,7 @@ def test_choices_share_the_prompt_and_differ_by_seed() -> None:
     run(engine)
     assert tokens_of(output, 0) == expected_tokens(prompt, 6, 256, temperature=1, seed=7)
     assert len({tuple(choice.token_ids) for choice in output.outputs}) == 3
-    assert engine.scheduler.cache_stats.num_hit_tokens == 2 * 16  # four full blocks, computed once
+    assert engine.scheduler.prefix_cache.stats.num_hit_tokens == 2 * 16  # four full blocks, computed once
     assert output.num_cached_tokens == 0
 
 

@@ -25,7 +25,7 @@ from vllm_traits.ids import BlockId, SlotId, StepId
 
 @dataclass(slots=True)
 class _Drafted:
-    """What the draft's cache holds of a sequence: ``computed`` known tokens, and after them those that it ``ran`` as guesses."""
+    """What the draft's cache holds of a sequence: ``computed`` known tokens, then those that it ``ran`` as guesses."""
 
     computed: int = 0
     num_recorded: int = 0

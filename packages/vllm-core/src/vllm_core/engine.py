@@ -11,18 +11,16 @@ import msgspec
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from vllm_core.draft_model_proposer import DraftModelProposer
 from vllm_core.engine_config import EngineConfig
 from vllm_core.metrics import EngineMetrics
-from vllm_core.ngram_proposer import NgramProposer
 from vllm_core.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from vllm_core.prefix_cache import root_key
 from vllm_core.proposer import Proposer
-from vllm_core.scheduler import ALONE_AFTER, Committed, ScheduledStep, Scheduler
+from vllm_core.scheduled_step import Committed, ScheduledStep
+from vllm_core.scheduler import ALONE_AFTER, Scheduler
 from vllm_core.sequence import Request, Status, queue_key
 from vllm_core.sequence import Sequence as Seq
-from vllm_core.speculator import Speculator
-from vllm_core.suffix_proposer import SuffixProposer
+from vllm_core.speculation import build_speculator, check_speculation
 from vllm_traits.backend import KvCacheBudget, ModelBackend, StepHandle
 from vllm_traits.batch import BatchOutput, IntArray
 from vllm_traits.errors import (
@@ -82,7 +80,7 @@ class Engine:
         self.max_draft_tokens = config.max_draft_tokens
         self.config = config
         self.max_model_len = config.max_model_len or spec.max_model_len
-        self._check_speculation(bool(proposers))
+        check_speculation(config, target_model.spec, draft_model, self.max_model_len, has_proposers=bool(proposers))
         self.num_blocks = config.num_blocks or self._size_kv_cache()
         self._clock = clock
         self.scheduler = Scheduler(
@@ -92,7 +90,9 @@ class Engine:
             self.scheduler.state, num_blocks=self.num_blocks, max_num_batched_tokens=config.max_num_batched_tokens
         )
         if config.max_draft_tokens:
-            self.scheduler.speculator = self._make_speculator(proposers)
+            self.scheduler.speculator = build_speculator(
+                config, spec, self.scheduler.state, proposers, draft_model, num_blocks=self.num_blocks, clock=clock
+            )
         self.metrics = EngineMetrics(
             model_name=model_name or spec.name,
             max_model_len=self.max_model_len,
@@ -353,7 +353,7 @@ class Engine:
         metrics, slots, scheduler = self.metrics, committed.slots, self.scheduler
         metrics.iteration_tokens.observe(step.batch.num_tokens)
         metrics.generation_tokens += committed.num_new
-        stats = scheduler.cache_stats
+        stats = scheduler.prefix_cache.stats
         metrics.prefix_cache_queries, metrics.prefix_cache_hits = stats.num_queried_tokens, stats.num_hit_tokens
         metrics.num_preemptions = scheduler.num_preemptions
         since = now - self._last_token_time[slots]
@@ -408,52 +408,6 @@ class Engine:
         request.output.finished = True
 
     # --- checks ---
-
-    def _check_speculation(self, has_proposers: bool) -> None:
-        """Whether the configuration, the draft and the target fit each other."""
-        config, spec, draft = self.config, self.target_model.spec, self.draft_model
-        guesses = bool(has_proposers or config.proposers or draft is not None)
-        if guesses != (config.max_draft_tokens > 0):
-            need = "at least 1 where something guesses" if guesses else "0 without a draft model or proposers"
-            raise ConfigError(f"max_draft_tokens is {config.max_draft_tokens}; it must be {need}.")
-        if config.max_draft_tokens > spec.max_draft_tokens:
-            raise ConfigError(
-                f"max_draft_tokens is {config.max_draft_tokens}; {spec.name} verifies {spec.max_draft_tokens} at most."
-            )
-        if draft is None:
-            return
-        if draft.spec.vocab_size != spec.vocab_size:
-            raise ConfigError(
-                f"draft_model {draft.spec.name} has {draft.spec.vocab_size} tokens, {spec.name} has {spec.vocab_size}: "
-                "a draft must have the target's vocabulary."
-            )
-        if draft.spec.max_model_len < self.max_model_len:
-            raise ConfigError(
-                f"draft_model {draft.spec.name} allows {draft.spec.max_model_len} tokens, less than max_model_len "
-                f"{self.max_model_len}."
-            )
-
-    def _make_speculator(self, proposers: Sequence[Proposer]) -> Speculator:
-        config, state = self.config, self.scheduler.state
-        chosen: list[Proposer] = []
-        for name in config.proposers:
-            if name == "ngram":
-                chosen.append(NgramProposer(config.max_num_seqs, config.prompt_lookup_min, config.prompt_lookup_max))
-            else:
-                chosen.append(SuffixProposer())
-        chosen.extend(proposers)
-        if self.draft_model is not None:
-            most = config.max_num_batched_tokens
-            chosen.append(DraftModelProposer(self.draft_model, state, num_blocks=self.num_blocks, max_num_batched_tokens=most))
-        spec = self.target_model.spec
-        return Speculator(
-            chosen,
-            max_num_seqs=config.max_num_seqs,
-            max_draft_tokens=config.max_draft_tokens,
-            vocab_size=spec.vocab_size,
-            overlaps=spec.supports_overlap,
-            clock=self._clock,
-        )
 
     def _size_kv_cache(self) -> int:
         config = self.config

@@ -58,5 +58,5 @@ class NgramProposer:
             place = table.find(tail.tolist(), salt)
             if place is not None and table.order <= place < known and (tokens[place - table.order : place] == tail).all():
                 # What comes after the end is taken to repeat what came since.
-                return tokens[place + np.arange(wanted) % (known - place)].tolist()
+                return list(map(int, tokens[place + np.arange(wanted) % (known - place)]))
         return []

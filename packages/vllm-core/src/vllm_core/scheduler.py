@@ -6,7 +6,6 @@ them; what is left of the budget goes to prompts in order, then to sequences tha
 """
 
 from bisect import insort
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -14,71 +13,20 @@ import numpy as np
 from vllm_core.block_pool import BlockPool
 from vllm_core.engine_config import EngineConfig
 from vllm_core.outputs import FinishReason, RequestOutput
-from vllm_core.prefix_cache import PrefixCacheStats, extend_keys
+from vllm_core.prefix_cache import PrefixCache
 from vllm_core.proposer import DraftRows
+from vllm_core.scheduled_step import Committed, RunningSet, ScheduledStep
 from vllm_core.sequence import Sequence, Status
 from vllm_core.slot_table import SlotTable
 from vllm_core.speculator import Speculator
 from vllm_core.waiting_queue import WaitingQueue
 from vllm_traits.batch import LAST_SAMPLED, Batch, BatchOutput, BatchState, BoolArray, IntArray, LongArray, TokenLogprobs
-from vllm_traits.ids import BlockId, SeqId, StepId
+from vllm_traits.ids import BlockId, StepId
 
 ALONE_AFTER = 2
 """Failed steps after which a sequence runs alone, to find out whether it is the cause."""
-
-
 STEPS_TO_ONE_MORE = 64
 """Steps that must succeed after the device was out of memory before one more sequence may run."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """The running sequences in order, as lists that steady decode uses again and again."""
-
-    slots: IntArray
-    sequences: list[Sequence]
-    seq_ids: tuple[SeqId, ...]
-    outputs: list[RequestOutput]
-    """Of their requests, each once."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledStep:
-    """A batch, and what is needed to take its result in.
-
-    Attributes:
-        ends: int32 ``[num_rows]``, tokens in the KV cache after it, guesses included.
-        epochs: int64 ``[num_rows]``: a row whose slot has another epoch by now is void.
-        running: Set if the rows are all that ran, in order.
-        has_guesses: Whether any row holds guesses.
-    """
-
-    batch: Batch
-    ends: IntArray
-    epochs: LongArray
-    running: _Running | None
-    has_guesses: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """What a step brought.
-
-    Attributes:
-        sequences: Those that have tokens more; the ended ones are taken out already.
-        outputs: Of their requests, each once.
-        slots: int32 ``[len(sequences)]``, where they ran.
-        num_new: Tokens, over all of them.
-        is_first: bool ``[len(sequences)]``: its first token is among them.
-        ended: Those that ended.
-    """
-
-    sequences: list[Sequence]
-    outputs: list[RequestOutput]
-    slots: IntArray
-    num_new: int
-    is_first: BoolArray
-    ended: list[Sequence]
 
 
 class Scheduler:
@@ -97,19 +45,20 @@ class Scheduler:
         self.state = BatchState(config.max_num_seqs, max_model_len, config.block_size)
         self.running: list[Sequence] = []  # by key
         self.speculator: Speculator | None = None
-        self.cache_stats = PrefixCacheStats()
         self.num_preemptions = 0
         self.num_accepted_per_pos: LongArray = np.zeros(config.max_draft_tokens, np.int64)
         self.num_drafts = self.num_draft_tokens = 0
         self.last_admitted: list[Sequence] = []
+        self.prefix_cache = PrefixCache(
+            self.pool, config.block_size, enabled=config.enable_prefix_caching, wake=lambda key: self._waiting.wake(key)
+        )
         self._table = SlotTable(self.state, self.pool)
-        self._waiting = WaitingQueue(self._count_hits if config.scheduling_policy == "lpm" else None)
-        self._computing: dict[bytes, Sequence] = {}  # prefix keys that a running sequence is going to register
+        self._waiting = WaitingQueue(self.prefix_cache.count_hits if config.scheduling_policy == "lpm" else None)
         self._most_running = config.max_num_seqs
         self._steps_at_most = 0
         self._blocked: tuple[Sequence, int] | None = None  # the head of the queue, and the free blocks that were too few
         self._last_step = StepId(0)
-        self._running: _Running | None = None
+        self._running: RunningSet | None = None
         self._eos = np.array(sorted(eos_token_ids), np.int32)
         self._eos_set = frozenset(eos_token_ids)
         self._no_guesses: IntArray = np.zeros(config.max_num_seqs, np.int32)
@@ -124,8 +73,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        if self.config.enable_prefix_caching:
-            extend_keys(sequence.keys, sequence.root, sequence.prompt, self.config.block_size)
+        self.prefix_cache.prepare(sequence)
         self._waiting.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
@@ -219,7 +167,7 @@ class Scheduler:
             for row, sequence, before in zip(rows.tolist(), sequences, lengths.tolist(), strict=True):
                 if row in output.logprobs:
                     _add_logprobs(sequence, output.logprobs[row][: sequence.num_tokens - before])
-        if self.config.enable_prefix_caching:
+        if self.prefix_cache.enabled:
             self._register(batch.slots if steady else batch.slots[alive])
         outputs = steady.outputs if steady else _outputs(sequences)
         return Committed(sequences, outputs, at, num_new, is_first, self._end_some(sequences, at, tokens))
@@ -267,9 +215,9 @@ class Scheduler:
 
     # --- planning ---
 
-    def _running_now(self) -> _Running:
+    def _running_now(self) -> RunningSet:
         if self._running is None:
-            self._running = _Running(
+            self._running = RunningSet(
                 np.array([sequence.slot for sequence in self.running], np.int32),
                 list(self.running),
                 tuple([sequence.seq_id for sequence in self.running]),
@@ -370,7 +318,7 @@ class Scheduler:
             head, last = self._waiting.head(), self.running[-1]
             if head is None or head > last or head.request.priority >= last.request.priority:
                 return
-            if self._table.free and self._fits(head, self._match(head)[0]):
+            if self._table.free and self._fits(head, self.prefix_cache.match(head)[0]):
                 return
             self.preempt(last)
 
@@ -386,7 +334,7 @@ class Scheduler:
                 break
             if self._blocked is not None and self._blocked[0] is sequence and self.pool.num_free <= self._blocked[1]:
                 break
-            hits, awaited = self._match(sequence)
+            hits, awaited = self.prefix_cache.match(sequence)
             if awaited is not None:
                 self._waiting.park(sequence, awaited)
                 continue
@@ -409,49 +357,18 @@ class Scheduler:
     def _fits(self, sequence: Sequence, hits: list[BlockId]) -> bool:
         return self._num_missing(sequence, hits) + sum(map(self.pool.is_free, hits)) <= self.pool.num_free
 
-    def _matchable(self, sequence: Sequence) -> int:
-        """Leading blocks that may be hits: at least one token must run, to give logits."""
-        if not self.config.enable_prefix_caching or sequence.params.prompt_logprobs is not None:
-            return 0
-        return min(len(sequence.keys), (sequence.num_tokens - 1) // self.config.block_size)
-
-    def _match(self, sequence: Sequence) -> tuple[list[BlockId], bytes | None]:
-        """The cached blocks of its prefix, and the key of the block after them if another sequence is computing that."""
-        hits: list[BlockId] = []
-        lookup = self.pool.lookup
-        for key in sequence.keys[: self._matchable(sequence)]:
-            block = lookup(key)
-            if block is None:
-                return hits, key if key in self._computing else None
-            hits.append(block)
-        return hits, None
-
-    def _count_hits(self, sequence: Sequence) -> int:
-        """About how many leading blocks are cached: from what it was the last time, which takes two look-ups if it still is."""
-        most, hits, lookup = self._matchable(sequence), sequence.num_hits, self.pool.lookup
-        while hits and lookup(sequence.keys[hits - 1]) is None:
-            hits -= 1
-        while hits < most and lookup(sequence.keys[hits]) is not None:
-            hits += 1
-        sequence.num_hits = hits
-        return hits
-
     def _enter(self, sequence: Sequence, hits: list[BlockId]) -> None:
         """Let a sequence that fits run."""
         self._table.enter(sequence, hits, self._num_missing(sequence, hits))
         self._blocked = None
-        if self.config.enable_prefix_caching:
-            for key in sequence.keys[len(hits) :]:
-                self._computing.setdefault(key, sequence)
+        self.prefix_cache.admit(sequence, len(hits))
         sequence.status = Status.RUNNING
         insort(self.running, sequence)
         self._running = None
         if not sequence.was_admitted:
             sequence.was_admitted = True
-            cached, num_prompt = len(hits) * self.config.block_size, len(sequence.prompt)
-            self.cache_stats.num_queried_tokens += num_prompt
-            self.cache_stats.num_hit_tokens += cached
             if sequence.completion.index == 0:
+                cached = len(hits) * self.config.block_size
                 sequence.request.output.num_cached_tokens = cached
                 sequence.request.output.metrics.num_cached_tokens = cached
             self.last_admitted.append(sequence)
@@ -463,9 +380,7 @@ class Scheduler:
         self._running = None
         if self.speculator is not None:
             self.speculator.forget(self.state, sequence.slot, sequence.root)
-        if self.config.enable_prefix_caching:
-            for key in sequence.keys[sequence.num_registered :]:
-                self._settle(key, sequence)
+        self.prefix_cache.leave(sequence)
         self._table.leave(sequence, self._last_step)
 
     # --- building and committing ---
@@ -562,18 +477,8 @@ class Scheduler:
             slot = int(slots[row])
             sequence = table.sequences[slot]
             assert sequence is not None
-            end = int(full[row])
-            extend_keys(sequence.keys, sequence.root, self.state.token_ids[slot, : end * block_size], block_size)
-            for i in range(sequence.num_registered, end):
-                self.pool.register(sequence.blocks[i], sequence.keys[i])
-                self._settle(sequence.keys[i], sequence)
-            table.registered[slot] = sequence.num_registered = end
-
-    def _settle(self, key: bytes, sequence: Sequence) -> None:
-        """A block that ``sequence`` was to compute is there, or will not come from it."""
-        if self._computing.get(key) is sequence:
-            del self._computing[key]
-            self._waiting.wake(key)
+            self.prefix_cache.register(sequence, self.state.token_ids[slot, : int(full[row]) * block_size])
+            table.registered[slot] = full[row]
 
     def _end_some(self, sequences: list[Sequence], at: IntArray, tokens: IntArray) -> list[Sequence]:
         """End those of the sequences whose last tokens say so."""
@@ -630,14 +535,11 @@ class Scheduler:
         assert all(sequence.status is Status.RUNNING for sequence in self.running)
         assert len(self.running) <= self.config.max_num_seqs
         self._table.check_integrity(self.running)
-        self._waiting.check_integrity(self._computing.__contains__)
-        for key, sequence in self._computing.items():
-            assert sequence.status is Status.RUNNING, "nobody computes a key that others wait for"
-            assert key in sequence.keys[sequence.num_registered :], "a key is still computed that is there"
+        self.prefix_cache.check_integrity(self.running)
+        self._waiting.check_integrity(self.prefix_cache.is_computing)
         if self._running is not None:
             assert self._running.sequences == self.running
         if not self.has_work():
-            assert not self._computing
             fenced = {block for _, blocks, _ in self._table.fenced for block in blocks}
             assert self.pool.num_free + len(fenced) == self.pool.num_blocks, "an empty engine holds blocks"
 

@@ -16,8 +16,8 @@ from vllm_traits.sampling_params import SamplingParams
 def queue_key(arrival: int, index: int, priority: int, aging: int) -> tuple[int, int, int]:
     """The order of choice ``index`` of the request that came as number ``arrival``.
 
-    A level of priority is worth ``aging`` arrivals: a request is overtaken by at most that many later ones for each level between
-    them, so none waits for ever. 0: levels are strict.
+    A level of priority is worth ``aging`` arrivals: a request is overtaken by at most that many later ones for each level
+    between them, so none waits for ever. 0: levels are strict.
     """
     return (arrival + priority * aging, arrival, index) if aging else (priority, arrival, index)
 

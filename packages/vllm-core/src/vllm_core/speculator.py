@@ -1,8 +1,8 @@
 """How many tokens are guessed for each sequence, by whom, and whether it pays.
 
-A guess costs its place in the step, ``b`` seconds of a step of ``a + b * tokens``, and the time to make it; it brings a token if
-it and all before it are right. With acceptance ``p`` the ``j``-th guess is worth ``p**j`` tokens, and it is made while that is
-more than the tokens which the engine makes without it in the same time::
+A guess costs its place in the step, ``b`` seconds of a step of ``a + b * tokens``, and the time to make it; it brings a token
+if it and all before it are right. With acceptance ``p`` the ``j``-th guess is worth ``p**j`` tokens, and it is made while that
+is more than the tokens which the engine makes without it in the same time::
 
     p**j > (b + c) * tokens per second          a, b: fitted to the steps so far; c: seconds for a guess; p: per sequence
 

@@ -1,0 +1,58 @@
+"""What passes between scheduling a step and taking its result in."""
+
+from dataclasses import dataclass
+
+from vllm_core.outputs import RequestOutput
+from vllm_core.sequence import Sequence
+from vllm_traits.batch import Batch, BoolArray, IntArray, LongArray
+from vllm_traits.ids import SeqId
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSet:
+    """The running sequences in order, as lists that steady decode uses again and again."""
+
+    slots: IntArray
+    sequences: list[Sequence]
+    seq_ids: tuple[SeqId, ...]
+    outputs: list[RequestOutput]
+    """Of their requests, each once."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """A batch, and what is needed to take its result in.
+
+    Attributes:
+        ends: int32 ``[num_rows]``, tokens in the KV cache after it, guesses included.
+        epochs: int64 ``[num_rows]``: a row whose slot has another epoch by now is void.
+        running: Set if the rows are all that ran, in order.
+        has_guesses: Whether any row holds guesses.
+    """
+
+    batch: Batch
+    ends: IntArray
+    epochs: LongArray
+    running: RunningSet | None
+    has_guesses: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a step brought.
+
+    Attributes:
+        sequences: Those that have tokens more; the ended ones are taken out already.
+        outputs: Of their requests, each once.
+        slots: int32 ``[len(sequences)]``, where they ran.
+        num_new: Tokens, over all of them.
+        is_first: bool ``[len(sequences)]``: its first token is among them.
+        ended: Those that ended.
+    """
+
+    sequences: list[Sequence]
+    outputs: list[RequestOutput]
+    slots: IntArray
+    num_new: int
+    is_first: BoolArray
+    ended: list[Sequence]
