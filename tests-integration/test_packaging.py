@@ -20,7 +20,8 @@ PUBLIC = {
         "SamplingParams",
     },
     "vllm_model": {
-        *("LLM", "ChatTemplate", "IncrementalDetokenizer", "Tokenizer", "encode_chat", "load_backend", "resolve_model"),
+        *("LLM", "ChatTemplate", "IncrementalDetokenizer", "SpeculativeConfig", "Tokenizer"),
+        *("encode_chat", "load_backend", "resolve_model"),
     },
     "vllm_server": {"ServerConfig", "build_app"},
 }

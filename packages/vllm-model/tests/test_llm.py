@@ -1,5 +1,7 @@
 """Text in, text out, with the default model."""
 
+from typing import Any
+
 import pytest
 
 from vllm_core import SamplingParams
@@ -69,6 +71,63 @@ def test_without_a_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
     llm.close()
 
 
-def test_what_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match="speculative"):
-        LLM("default", speculative={"method": "ngram"})  # type: ignore[arg-type]
+TEXT = "The quick brown fox jumps over the lazy dog near the river bank on a sunny day."
+REPEAT = f"Repeat: {TEXT}\nRepeated: {TEXT}\nRepeat: {TEXT}\nRepeated:"
+
+
+@pytest.mark.parametrize(
+    "speculative",
+    [
+        {"method": "ngram", "num_speculative_tokens": 6},
+        {"method": ["ngram", "suffix"]},
+        {"method": "draft_model", "model": "default", "num_speculative_tokens": 3},
+    ],
+    ids=["ngram", "ngram and suffix", "draft"],
+)
+def test_speculation_changes_the_speed_only(speculative: dict[str, Any]) -> None:
+    """Greedy and sampled, cut at a stop string and at a length, with reports: all as without."""
+    params = [
+        SamplingParams(temperature=0, max_tokens=40, logprobs=1),
+        SamplingParams(temperature=0.7, seed=3, max_tokens=24, top_p=0.9, frequency_penalty=0.1),
+        SamplingParams(temperature=0, max_tokens=40, stop=["lazy do"], logprobs=0),
+        SamplingParams(temperature=0, max_tokens=3),
+    ]
+    prompts = [REPEAT, "Once upon a time", REPEAT, REPEAT]
+    outputs = []
+    for guesses in (None, speculative):
+        llm = LLM("default", dtype="float32", max_model_len=256, speculative=guesses, kv_cache_memory_bytes=1 << 28)
+        outputs.append(llm.generate(prompts, params, use_tqdm=False))
+        engine = llm.engine
+    assert engine.metrics.spec_decode_num_drafts > 0
+    assert engine.metrics.spec_decode_num_accepted_tokens_per_pos.sum() > 15
+    for plain, guessed in zip(*(output for output in outputs), strict=True):
+        one, other = plain.outputs[0], guessed.outputs[0]
+        assert (one.text, one.token_ids) == (other.text, other.token_ids)
+        assert (one.finish_reason, one.stop_reason) == (other.finish_reason, other.stop_reason)
+        if one.logprobs is not None:
+            assert other.logprobs is not None
+            assert [entry.token_ids for entry in one.logprobs] == [entry.token_ids for entry in other.logprobs]
+            assert len(one.logprobs) == len(one.token_ids)
+            assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, abs=1e-3)
+    assert outputs[0][2].outputs[0].text == " The quick brown fox jumps over the "
+
+
+def test_a_draft_shares_the_memory() -> None:
+    memory = 1 << 26
+    alone = LLM("default", max_model_len=256, kv_cache_memory_bytes=memory, skip_tokenizer_init=True)
+    draft = {"model": "default", "num_speculative_tokens": 2}
+    both = LLM("default", max_model_len=256, kv_cache_memory_bytes=memory, skip_tokenizer_init=True, speculative=draft)
+    assert both.engine.num_blocks == alone.engine.num_blocks // 2
+
+
+@pytest.mark.parametrize(
+    ("speculative", "message"),
+    [
+        ({"method": "ngram", "num_speculative_tokens": 99}, "num_speculative_tokens is 99; .* at most 16 guesses"),
+        ({"metod": "ngram"}, "metod is not known. Did you mean method"),
+        ({"method": "draft_model"}, "model is missing"),
+    ],
+)
+def test_speculation_that_cannot_be_is_refused(speculative: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LLM("default", max_model_len=256, speculative=speculative)

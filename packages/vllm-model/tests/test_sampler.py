@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_model.sampler import sample, token_logprobs
+from vllm_model.sampler import _filter, sample, token_logprobs
 from vllm_model.verifier import sampled_entries
 from vllm_traits import BatchState, SamplingParams
 from vllm_traits.conformance import batch_of
@@ -60,6 +60,35 @@ def test_the_distribution_is_exact(params: SamplingParams, probabilities: np.nda
     counts = np.bincount(draw(LOGITS, params, 20_000), minlength=8)
     degrees = int((probabilities > 0).sum()) - 1
     assert chi_squared(counts, probabilities) < degrees + 5 * (2 * degrees) ** 0.5  # five standard deviations
+
+
+def kept_by(row: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """One row's filters, one after the other: bool ``[vocab_size]``."""
+    weights = np.exp(row.astype(np.float64) - row.max())
+    keep = weights >= min_p
+    ordered = np.sort(row[keep])[::-1]
+    if 0 < top_k < len(ordered):
+        keep &= row >= ordered[top_k - 1]
+    ordered = np.sort(weights[keep])[::-1]
+    before = np.cumsum(ordered) - ordered
+    keep &= weights >= ordered[before < top_p * ordered.sum()].min()
+    return keep
+
+
+def test_filters_keep_equal_logits_together() -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(64, 50).mul(3).round(decimals=1)
+    state = BatchState(64, 16, 16)
+    state.top_k[:] = torch.randint(0, 8, (64,)).numpy()
+    state.top_p[:] = torch.rand(64).mul(1.4).clamp(1e-9, 1).numpy()
+    state.min_p[:] = (torch.rand(64) * 0.3 * (torch.rand(64) < 0.5)).numpy()
+    ours = logits.clone()
+    filtered = _filter(ours, state, np.arange(64, dtype=np.int32))
+    assert filtered.tolist() == ((state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)).tolist()
+    rows = zip(logits.numpy(), state.top_k.tolist(), state.top_p.tolist(), state.min_p.tolist(), strict=True)
+    expected = np.stack([kept_by(*row) for row in rows])
+    np.testing.assert_array_equal(ours.numpy() > -np.inf, expected)
+    assert expected.sum(axis=1).max() > 20
 
 
 def test_temperature_zero_takes_the_most_likely() -> None:

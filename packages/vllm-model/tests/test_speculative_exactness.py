@@ -111,16 +111,15 @@ def folder(random_model: Callable[..., tuple[Path, Any]]) -> Path:
     return random_model("Qwen3ForCausalLM", head_dim=16)[0]
 
 
-def prompt(slot: int) -> list[int]:
-    return [(7 * i + 5 * slot + 1) % 97 for i in range(6 + 5 * slot)]
+PROMPTS = [[(7 * i + 5 * slot + 1) % 97 for i in range(6 + 5 * slot)] for slot in range(3)]
 
 
-def oracle(tokens: list[list[int]], kind: str, vocab_size: int, most: int = 16) -> Propose:
+def oracle(tokens: list[list[int]], kind: str, prompts: list[list[int]], vocab_size: int = 97, most: int = 16) -> Propose:
     """Guesses that know the answer: ``right`` ones, ``wrong`` ones, or ``mixed`` ones of changing number."""
     rng = np.random.default_rng(3)
 
     def propose(slot: int, known: list[int]) -> list[int]:
-        done = len(known) - len(prompt(slot))
+        done = len(known) - len(prompts[slot])
         guess = np.array(tokens[slot][done : done + (4 if kind != "mixed" else int(rng.integers(0, most + 1)))], np.int64)
         spoilt = np.ones(len(guess), bool) if kind == "wrong" else rng.random(len(guess)) < 0.2 * (kind == "mixed")
         return np.where(spoilt, (guess + 1 + rng.integers(0, 3, len(guess))) % vocab_size, guess).tolist()
@@ -133,7 +132,7 @@ def test_the_tokens_are_those_without_guesses(params: SamplingParams, folder: Pa
     def run(propose: Propose | None = None) -> tuple[list[list[int]], int]:
         driver = Speculator(load_backend(folder), 3)
         for slot in range(3):
-            driver.place(slot, prompt(slot), params, seed=slot)
+            driver.place(slot, PROMPTS[slot], params, seed=slot)
         return (driver.generate(24, propose) if propose else driver.generate(24)), driver.steps
 
     plain, steps = run()
@@ -142,7 +141,7 @@ def test_the_tokens_are_those_without_guesses(params: SamplingParams, folder: Pa
         assert all(STOP not in tokens[: params.min_tokens] for tokens in plain)
         assert any(STOP in tokens for tokens in plain)
     for kind, most in (("right", 5), ("mixed", 23), ("wrong", 24)):
-        tokens, steps = run(oracle(plain, kind, 97))
+        tokens, steps = run(oracle(plain, kind, PROMPTS))
         assert tokens == plain, kind
         assert steps <= most, kind
     assert steps == 24  # all guesses were wrong
@@ -154,7 +153,7 @@ def test_reports_are_those_without_guesses(folder: Path) -> None:
     def run(propose: Propose | None = None) -> Speculator:
         driver = Speculator(load_backend(folder), 3)
         for slot in range(3):
-            driver.place(slot, prompt(slot), params, seed=slot)
+            driver.place(slot, PROMPTS[slot], params, seed=slot)
         driver.step(range(3), [()] * 3, chunk=4)  # the prompts come in two pieces, the second with guesses behind it
         driver.generate(20, propose) if propose else driver.generate(20)
         return driver
@@ -162,14 +161,14 @@ def test_reports_are_those_without_guesses(folder: Path) -> None:
     plain = run()
     tokens = [[entry.token_ids[0] for entry in entries] for entries in plain.logprobs]
     assert [len(own) for own in tokens] == [20] * 3
-    guessed = run(oracle(tokens, "mixed", 97))
+    guessed = run(oracle(tokens, "mixed", PROMPTS))
     assert guessed.steps < plain.steps
     for slot in range(3):
-        assert len(plain.prompt_logprobs[slot]) == len(prompt(slot)) - 1
+        assert len(plain.prompt_logprobs[slot]) == len(PROMPTS[slot]) - 1
         for name in ("logprobs", "prompt_logprobs"):
             one, other = getattr(plain, name)[slot], getattr(guessed, name)[slot]
             if name == "logprobs":  # the last step may have given more than was asked for
-                assert [entry.token_ids[0] for entry in other] == guessed.known(slot)[len(prompt(slot)) :]
+                assert [entry.token_ids[0] for entry in other] == guessed.known(slot)[len(PROMPTS[slot]) :]
                 other = other[:20]
             assert [entry.token_ids for entry in one] == [entry.token_ids for entry in other]
             assert [entry.rank for entry in one] == [entry.rank for entry in other]
@@ -192,8 +191,7 @@ def test_smollm2(params: SamplingParams) -> None:
 
     plain, _ = run()
     for kind in ("right", "mixed", "wrong"):
-        answer = oracle(plain, kind, backend.spec.vocab_size)
-        tokens, steps = run(lambda slot, known: answer(slot, [0] * (len(known) - len(prompts[slot]) + len(prompt(slot)))))
+        tokens, steps = run(oracle(plain, kind, prompts, backend.spec.vocab_size))
         assert tokens == plain, kind
         assert steps <= {"right": 8, "mixed": 20, "wrong": 40}[kind]
 

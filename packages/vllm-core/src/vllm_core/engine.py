@@ -283,7 +283,7 @@ class Engine:
         step = under_way.step
         try:
             output = under_way.handle.result()
-            self._check_output(step, output)
+            _check_output(step, output, self.target_model.spec.vocab_size)
         except Exception as error:  # as above
             later = [each.step for each in self._in_flight]
             for each in self._in_flight:
@@ -308,26 +308,6 @@ class Engine:
     def _drain(self) -> None:
         while self._in_flight:
             self._commit()
-
-    def _check_output(self, step: ScheduledStep, output: BatchOutput) -> None:
-        """A token outside the vocabulary would become an index somewhere: not from here."""
-        rows = step.batch.num_rows
-        if output.token_ids.ndim != 2 or len(output.token_ids) != rows:
-            raise BackendError(f"the model returned tokens of shape {output.token_ids.shape} for {rows} rows")
-        tokens, vocab_size = output.token_ids[step.batch.sample, 0], self.target_model.spec.vocab_size
-        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
-            raise BackendError("the model returned a token outside its vocabulary")
-        if not step.has_guesses:
-            return
-        batch = step.batch
-        for row in np.flatnonzero(batch.num_draft).tolist():
-            guesses = batch.token_ids[batch.query_start[row + 1] - batch.num_draft[row] : batch.query_start[row + 1]]
-            given = output.token_ids[row]
-            num = int((given >= 0).sum())
-            if num > len(guesses) + 1 or (given[:num] < 0).any() or (given[: num - 1] != guesses[: num - 1]).any():
-                raise BackendError(f"the model returned {given.tolist()} for the guesses {guesses.tolist()}")
-            if int(given[num - 1]) >= vocab_size:
-                raise BackendError("the model returned a token outside its vocabulary")
 
     def _recover(self, steps: list[ScheduledStep], error: Exception) -> None:
         """After a failed step: undo it, and decide who runs again and how.
@@ -491,6 +471,28 @@ class _InFlight:
     step: ScheduledStep
     handle: StepHandle
     submitted: float
+
+
+def _check_output(step: ScheduledStep, output: BatchOutput, vocab_size: int) -> None:
+    """A token that nobody asked for, or outside the vocabulary, would become an index somewhere: not from here.
+
+    Raises:
+        BackendError: The output does not fit the batch.
+    """
+    batch, tokens = step.batch, output.token_ids
+    if tokens.ndim != 2 or len(tokens) != batch.num_rows or tokens.shape[1] == 0:
+        raise BackendError(f"the model returned tokens of shape {tokens.shape} for {batch.num_rows} rows")
+    given = tokens >= 0
+    counts = given.sum(axis=1)
+    allowed = batch.num_draft + 1 if step.has_guesses else 1
+    if (given[:, 0] != batch.sample).any() or (counts > allowed).any():
+        raise BackendError("the model returned fewer tokens than one, or more than the guesses and one, for some row")
+    if int(tokens.max()) >= vocab_size:
+        raise BackendError("the model returned a token outside its vocabulary")
+    for row in np.flatnonzero(counts > 1).tolist():
+        count, guesses = int(counts[row]), batch.token_ids[batch.query_start[row + 1] - batch.num_draft[row] :]
+        if not given[row, :count].all() or (tokens[row, : count - 1] != guesses[: count - 1]).any():
+            raise BackendError(f"the model accepted {tokens[row].tolist()} where {guesses.tolist()} was guessed")
 
 
 def _settle(handle: StepHandle) -> None:

@@ -32,8 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_waiting: int = 10_000
     """Sequences that may wait; beyond it requests are refused."""
     scheduling_policy: SchedulingPolicy = "fcfs"
-    """``fcfs``: first come, first served. ``priority``: lower numbers first; a waiting one takes the place of a running one with
-    a higher number. ``lpm`` (longest prefix match): of the first that wait, the one whose prompt is cached furthest."""
+    """``fcfs``: first come, first served. ``priority``: lower numbers first; a waiting one takes the place of a running one
+    with a higher number. ``lpm`` (longest prefix match): of the first that wait, the one whose prompt is cached furthest."""
     priority_aging: int = 1024
     """A level of priority lets at most this many later requests overtake; 0: any number, a request may wait for ever."""
     long_prefill_token_threshold: int = 0

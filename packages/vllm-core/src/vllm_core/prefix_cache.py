@@ -26,7 +26,7 @@ def extend_keys(keys: list[bytes], root: bytes, token_ids: IntArray, block_size:
     first, full = len(keys), len(token_ids) // block_size
     if first >= full:
         return
-    data = np.ascontiguousarray(token_ids[first * block_size : full * block_size], np.int32).tobytes()
+    data = token_ids[first * block_size : full * block_size].astype(np.int32, copy=False).tobytes()
     width = 4 * block_size
     key = keys[-1] if keys else root
     for start in range(0, len(data), width):

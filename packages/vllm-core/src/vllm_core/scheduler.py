@@ -182,6 +182,7 @@ class Scheduler:
         table = self._table
         for step in reversed(steps):
             batch = step.batch
+            table.changed.extend(batch.changed_slots.tolist())  # the backend may not have heard of them
             for row, slot in enumerate(batch.slots.tolist()):
                 sequence = table.sequences[slot]
                 if sequence is None or table.epochs[slot] != step.epochs[row]:

@@ -17,17 +17,18 @@ class SuffixProposer:
 
     Args:
         order: Last tokens that must agree.
-        bits: It remembers the last ``2**bits`` tokens, in 16 bytes each.
+        bits: It remembers the last ``2**bits`` tokens, in some 50 bytes each.
     """
 
     name = "suffix"
 
     def __init__(self, order: int = 4, bits: int = 18) -> None:
-        self._table = GramTable(order, bits)
+        self._table = GramTable(order, bits + 2)
         self._tokens: IntArray = np.zeros(1 << bits, np.int32)
         self._salts: LongArray = np.zeros(1 << bits, np.int64)
+        self._sequences: LongArray = np.zeros(1 << bits, np.int64)  # counted from 1
+        self._num_sequences = 0
         self._end = 0
-        self._salt_of: dict[int, int] = {}
 
     def propose(self, rows: DraftRows) -> list[list[int]]:
         state, order = rows.state, self._table.order
@@ -42,6 +43,8 @@ class SuffixProposer:
         if self._end + len(tokens) > len(self._tokens):
             self._end = 0
         place, salt = self._end, _salt(root)
+        self._num_sequences += 1
+        self._sequences[place : place + len(tokens)] = self._num_sequences
         self._tokens[place : place + len(tokens)] = tokens
         self._salts[place : place + len(tokens)] = salt
         self._table.insert(tokens[:-1], place + self._table.order, salt)
@@ -57,11 +60,10 @@ class SuffixProposer:
         place = self._table.find(tail.tolist(), salt)
         if place is None or not (self._tokens[place - order : place] == tail).all():
             return []
-        # Where another root begins, or what was overwritten, is not of this sequence.
         follow = slice(place - order, place + wanted)
-        own = self._salts[follow] == salt
-        if not own[:order].all():
-            return []
+        own = self._sequences[follow] == self._sequences[place]
+        if not own[:order].all() or self._salts[place] != salt:
+            return []  # partly overwritten, or of another root
         length = len(own) if own.all() else int(own.argmin())
         return list(map(int, self._tokens[place : place - order + length]))
 

@@ -8,16 +8,27 @@ if TYPE_CHECKING:
     from vllm_model.detokenizer import IncrementalDetokenizer
     from vllm_model.hub import resolve_model
     from vllm_model.llm import LLM
+    from vllm_model.speculative import SpeculativeConfig
     from vllm_model.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "ChatTemplate", "IncrementalDetokenizer", "Tokenizer", "encode_chat", "load_backend", "resolve_model"]
+__all__ = [
+    "LLM",
+    "ChatTemplate",
+    "IncrementalDetokenizer",
+    "SpeculativeConfig",
+    "Tokenizer",
+    "encode_chat",
+    "load_backend",
+    "resolve_model",
+]
 
 _MODULES = {
     "LLM": "llm",
     "ChatTemplate": "chat_template",
     "IncrementalDetokenizer": "detokenizer",
+    "SpeculativeConfig": "speculative",
     "Tokenizer": "tokenizer",
     "encode_chat": "chat_template",
     "load_backend": "backend",

@@ -11,8 +11,9 @@ from vllm_model.chat_template import ChatTemplate, Message, encode_chat
 from vllm_model.detokenizer import IncrementalDetokenizer
 from vllm_model.hub import resolve_model
 from vllm_model.loaders import LoadFormat
+from vllm_model.speculative import SpeculativeConfig
 from vllm_model.tokenizer import Tokenizer
-from vllm_traits.errors import ConfigError, InvalidRequestError
+from vllm_traits.errors import InvalidRequestError
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -31,7 +32,8 @@ class LLM:
         num_blocks: KV blocks; None: what fits into the memory.
         gpu_memory_utilization: Share of a GPU's memory to use.
         kv_cache_memory_bytes: For the KV cache; None: sized by itself.
-        speculative: Must be None.
+        speculative: Who guesses tokens ahead: a :class:`~vllm_model.SpeculativeConfig`, or what it is made of as a mapping or
+            JSON, ``{"method": "ngram"}`` for one. The output is the same, it comes faster.
         skip_tokenizer_init: Token ids in, token ids out.
         num_threads: On the CPU; None: the cores this process may use.
         revision: Of a Hugging Face id.
@@ -56,26 +58,28 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         kv_cache_memory_bytes: int | None = None,
         enable_prefix_caching: bool = True,
-        speculative: None = None,
+        speculative: SpeculativeConfig | Mapping[str, Any] | str | None = None,
         skip_tokenizer_init: bool = False,
         seed: int = 0,
         num_threads: int | None = None,
         revision: str | None = None,
     ) -> None:
-        if speculative is not None:
-            raise ConfigError("speculative: speculative decoding is not supported yet.")
+        speculation = None if speculative is None else SpeculativeConfig.parse(speculative)
         path = resolve_model(model, revision=revision)
+        hardware: dict[str, Any] = {
+            "device": device,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "num_threads": num_threads,
+        }
         backend = load_backend(
             path,
             dtype=dtype,
-            device=device,
             load_format=load_format,
             quantization=quantization,
             max_model_len=max_model_len,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            gpu_memory_utilization=gpu_memory_utilization,
             seed=seed,
-            num_threads=num_threads,
+            **hardware,
         )
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
@@ -86,7 +90,11 @@ class LLM:
             max_num_waiting=2**31 - 1,  # whoever calls waits anyway
             seed=seed,
         )
-        self.engine = Engine(backend, config=config)
+        draft = None
+        if speculation is not None:
+            config = speculation.applied_to(config, backend.spec)
+            draft = speculation.load_draft(**hardware)
+        self.engine = Engine(backend, draft, config=config)
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_pretrained(path)
         self.chat_template = None if self.tokenizer is None else ChatTemplate.of(self.tokenizer)
         self._num_requests = 0
@@ -192,3 +200,6 @@ class LLM:
                 self.engine.abort_choice(output.request_id, choice.index, stop_reason=text.stopped)
                 choice.finish_reason, choice.stop_reason = "stop", text.stopped
                 del choice.token_ids[text.num_tokens :]
+                if choice.logprobs is not None:
+                    del choice.logprobs[text.num_tokens :]
+                    choice.cumulative_logprob = sum(entry.logprobs[0] for entry in choice.logprobs)

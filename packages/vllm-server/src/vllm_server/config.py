@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
+import msgspec
+
+from vllm_model import SpeculativeConfig
 from vllm_traits.errors import ConfigError
 
 OTHER_VARIABLES = frozenset({"VLLM_CACHE_ROOT", "VLLM_VENV"})
@@ -53,6 +56,9 @@ class ServerConfig:
     scheduling_policy: str = _option("fcfs", ENGINE, "who runs first", choices=("fcfs", "priority"))
     max_num_waiting: int = _option(10_000, ENGINE, "requests that may wait; more are refused with 429")
     long_prefill_token_threshold: int = _option(0, ENGINE, "most tokens of one prompt in one step; 0: no limit of its own")
+    speculative_config: str | None = _option(
+        None, ENGINE, 'who guesses tokens ahead, as JSON: {"method": "ngram"}, or suffix, or draft_model with a model'
+    )
     seed: int = _option(0, ENGINE, "seeds of requests without one derive from it")
     tensor_parallel_size: int = _option(1, ENGINE, "devices; only 1 is supported")
     host: str = _option("127.0.0.1", SERVER, "address to listen on; 0.0.0.0 for all")
@@ -69,6 +75,8 @@ class ServerConfig:
             raise ConfigError(f"port is {self.port}; it must be 0 to 65535.")
         if self.max_body_bytes < 1 or self.shutdown_timeout < 0:
             raise ConfigError("max_body_bytes must be at least 1 and shutdown_timeout at least 0.")
+        if self.speculative_config is not None:
+            SpeculativeConfig.parse(self.speculative_config)
         if any(not key for key in self.api_key):
             raise ConfigError("api_key must not be empty.")
 
@@ -187,6 +195,9 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"Cannot read the configuration {path}: {error}.") from error
     for name, value in table.items():
         _check_known(name, f"{name} in {path}", list(_FIELDS))
+        if name == "speculative_config" and isinstance(value, dict):  # a table here is what is JSON elsewhere
+            table[name] = msgspec.json.encode(value).decode()
+            continue
         kind = _kind(_FIELDS[name].type)
         fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
         if not fits or (isinstance(value, bool) and kind is not bool):

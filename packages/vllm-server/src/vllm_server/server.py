@@ -9,12 +9,13 @@ import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypercorn
 import hypercorn.asyncio
 
 from vllm_core import AsyncEngine, Engine, EngineConfig
-from vllm_model import ChatTemplate, Tokenizer, load_backend, resolve_model
+from vllm_model import ChatTemplate, SpeculativeConfig, Tokenizer, load_backend, resolve_model
 from vllm_server.app import Service, build_app
 from vllm_server.config import ServerConfig
 from vllm_traits import ModelBackend
@@ -32,21 +33,23 @@ def build_service(config: ServerConfig, version: str) -> Service:
     """
     path = resolve_model(config.model, revision=config.revision)
     backend = _backend(config, path)
-    engine = Engine(
-        backend,
-        config=EngineConfig(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            block_size=config.block_size,
-            max_model_len=config.max_model_len,
-            enable_prefix_caching=config.enable_prefix_caching,
-            max_num_waiting=config.max_num_waiting,
-            scheduling_policy=config.scheduling_policy,  # type: ignore[arg-type]  # one of the choices
-            long_prefill_token_threshold=config.long_prefill_token_threshold,
-            seed=config.seed,
-        ),
-        model_name=_name(config, path),
+    settings = EngineConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+        enable_prefix_caching=config.enable_prefix_caching,
+        max_num_waiting=config.max_num_waiting,
+        scheduling_policy=config.scheduling_policy,  # type: ignore[arg-type]  # one of the choices
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        seed=config.seed,
     )
+    draft = None
+    if config.speculative_config is not None:
+        speculation = SpeculativeConfig.parse(config.speculative_config)
+        settings = speculation.applied_to(settings, backend.spec)
+        draft = speculation.load_draft(**_hardware(config))
+    engine = Engine(backend, draft, config=settings, model_name=_name(config, path))
     logger.info("%s: %s", backend.spec.name, engine.kv_cache_summary())
     tokenizer = Tokenizer.from_pretrained(path)
     return Service(
@@ -114,18 +117,21 @@ def _backend(config: ServerConfig, path: Path) -> ModelBackend:
         return load_backend(
             path,
             dtype=config.dtype,
-            device=config.device,
             load_format=config.load_format,  # type: ignore[arg-type]  # one of the choices
             max_model_len=config.max_model_len,
-            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-            gpu_memory_utilization=config.gpu_memory_utilization,
             seed=config.seed,
-            num_threads=config.num_threads,
+            **_hardware(config),
         )
     backend = _factory(config.backend)(path)
     if not isinstance(backend, ModelBackend):
         raise ConfigError(f"backend {config.backend!r} made a {type(backend).__name__}, which is no ModelBackend.")
     return backend
+
+
+def _hardware(config: ServerConfig) -> dict[str, Any]:
+    """What the model and its draft share."""
+    names = ("device", "kv_cache_memory_bytes", "gpu_memory_utilization", "num_threads")
+    return {name: getattr(config, name) for name in names}
 
 
 def _factory(name: str) -> Callable[[Path], object]:
