@@ -126,8 +126,8 @@ class Simulation:
             self._let_in()
             if self.engine.has_unfinished_requests():
                 self._step()
-            else:
-                self.device.advance(min(each.arrival for each in self.arrivals))
+            elif self.arrivals:
+                self.device.advance(self.arrivals[0].arrival)
         while self.deeds:
             self._do(self.deeds.pop(0))
         self._check_end()
@@ -143,9 +143,11 @@ class Simulation:
     def _fault(self, batch: Batch) -> Fault | None:
         if not self.scenario.fault_rate or self.random.random() >= self.scenario.fault_rate:
             return None
-        self.last_fault = self.device.now
-        self.faults_of.update(int(seq) for seq in batch.seq_ids)
         fault = self.random.choice(self.scenario.faults)
+        device, self.last_fault = self.device, self.device.now
+        if fault is Fault.LATE:
+            self.last_fault = max(device.now, device.busy_until) + 1001 * (device.base + device.per_token * batch.num_tokens)
+        self.faults_of.update(int(seq) for seq in batch.seq_ids)
         self.report.counts[fault.name] += 1
         return fault
 
@@ -218,7 +220,7 @@ class Simulation:
                 self.lengths[key] = now
                 self._check_gap(key)
         # The first in order always gets on: a token at the latest when its prompt has run, one token a step.
-        self.idle_steps = 0 if grown or self.last_fault == self.device.now else self.idle_steps + 1
+        self.idle_steps = 0 if grown or self.last_fault >= self.device.now else self.idle_steps + 1
         assert self.idle_steps <= 2 * self.scenario.max_model_len + 20, "no progress"
 
     def _check_gap(self, key: tuple[str, int]) -> None:
