@@ -9,11 +9,13 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import combinations
 from random import Random
 
+from vllm_core.block_pool import BlockPool
 from vllm_core.engine import Engine
 from vllm_core.outputs import RequestOutput
 from vllm_core.proposer import DraftRows
@@ -22,7 +24,7 @@ from vllm_core.scheduler import ALONE_AFTER
 from vllm_traits.batch import Batch, BatchState
 from vllm_traits.fake_backend import FakeBackend, Fault, VirtualDevice
 from vllm_traits.fake_model import Choice, mix, tag_of
-from vllm_traits.ids import SlotId
+from vllm_traits.ids import BlockId, SlotId
 
 
 class SimulationFailure(AssertionError):  # noqa: N818 - a failure of what is simulated, not of this
@@ -101,6 +103,7 @@ class Simulation:
             config=scenario.config,
             clock=self.device.clock,
         )
+        watch_order(self.engine.scheduler.pool)
         self.arrivals = list(scenario.requests)
         self.deeds = list(scenario.deeds)
         self.requests: dict[str, SimulatedRequest] = {}
@@ -243,6 +246,7 @@ class Simulation:
             for index in range(self.requests[name].params.n):
                 self._check_choice(name, index)
         engine.check_integrity()
+        self._check_order()
         assert not any(engine._gauges().values()), engine._gauges()
         assert scheduler.pool.num_free == engine.num_blocks
         choices = [choice for output in self.outputs.values() for choice in output.outputs]
@@ -293,6 +297,22 @@ class Simulation:
         assert output.num_cached_tokens == times.num_cached_tokens < len(prompt)
         assert output.num_cached_tokens % self.scenario.config.block_size == 0
 
+    def _check_order(self) -> None:
+        """Who is first in order is let in first, which bounds how long anybody waits; those that wait for a prefix aside."""
+        config = self.scenario.config
+        rekeyed = {deed.name for deed in self.scenario.deeds if deed.kind == "priority"} | {name for name, _ in self.touched}
+        if config.enable_prefix_caching:
+            return
+        line = []
+        for arrival, (name, output) in enumerate(self.outputs.items()):
+            is_ranked = config.scheduling_policy == "priority"
+            rank = self.requests[name].priority if is_ranked else 0
+            key = (arrival + rank * config.priority_aging,) if config.priority_aging and is_ranked else (rank, arrival)
+            if name not in rekeyed and output.metrics.first_scheduled_time is not None:
+                line.append((key, output.metrics.arrival_time, output.metrics.first_scheduled_time, name))
+        for (_, arrived, first, name), (_, _, other_first, other) in combinations(sorted(line), 2):
+            assert first <= other_first or arrived >= other_first, f"{other} was let in before {name}"
+
     def _check_work(self, delivered: int) -> None:
         """Nothing ran twice: what ran is what was not cached, and a discarded row for an end seen late."""
         scheduler = self.engine.scheduler
@@ -309,6 +329,30 @@ class Simulation:
         late = sum(choice.finish_reason == "stop" for choice in choices)
         most = late * (self.backend.supports_overlap + self.engine.max_draft_tokens)
         assert 0 <= wasted <= most, f"{wasted} tokens ran for nothing"
+
+
+def watch_order(pool: BlockPool) -> None:
+    """Hold what a pool gives out against a naive list of what became free when: the block that was free for longest is next."""
+    free = [BlockId(block) for block in range(pool.num_blocks)]
+    allocate, hold, release = pool.allocate, pool.hold, pool.release
+
+    def allocate_watched() -> BlockId | None:
+        block = allocate()
+        assert block == (free.pop(0) if free else None), "not the block that was free for longest"
+        return block
+
+    def hold_watched(block: BlockId) -> None:
+        hold(block)
+        if block in free:
+            free.remove(block)
+
+    def release_watched(blocks: Iterable[BlockId]) -> None:
+        for block in blocks:
+            release([block])
+            if pool.is_free(block):
+                free.append(block)
+
+    vars(pool).update(allocate=allocate_watched, hold=hold_watched, release=release_watched)
 
 
 def simulate(seed: int) -> Report:
