@@ -110,7 +110,8 @@ class Simulation:
         self.faults_of: Counter[int] = Counter()  # by sequence, the steps with it that something befell
         self.last_reset = 0
         self.lengths: dict[tuple[str, int], int] = {}
-        self.last_token: dict[tuple[str, int], tuple[float, int]] = {}  # time, preemptions by then
+        self.preemptions: dict[str, int] = {}  # of each request before the step
+        self.last_token: dict[tuple[str, int], tuple[float, int]] = {}  # when, and preemptions before it
         self.last_fault = -1.0
         self.idle_steps = 0
         self.num_run = self.num_drafted = 0
@@ -200,6 +201,7 @@ class Simulation:
     # --- a step and its laws ---
 
     def _step(self) -> None:
+        self.preemptions = {name: output.metrics.num_preemptions for name, output in self.outputs.items()}
         reported = {output.request_id for output in self.engine.step()}
         self.engine.check_integrity()
         for backend in (self.backend, self.draft):
@@ -221,10 +223,9 @@ class Simulation:
 
     def _check_gap(self, key: tuple[str, int]) -> None:
         """A running stream waits for a step of the budget at most; for two where steps overlap, or blocks are short."""
-        now, num_preemptions = self.device.now, self.outputs[key[0]].metrics.num_preemptions
-        before, preemptions_before = self.last_token.get(key, (now, num_preemptions))
-        self.last_token[key] = now, num_preemptions
-        if preemptions_before != num_preemptions or self.last_fault >= before:
+        now, (before, num_preemptions) = self.device.now, self.last_token.get(key, (self.device.now, 0))
+        self.last_token[key] = now, self.preemptions[key[0]]
+        if self.outputs[key[0]].metrics.num_preemptions != num_preemptions or self.last_fault >= before:
             return
         longest = self.device.base + self.device.per_token * self.scenario.config.max_num_batched_tokens
         steps = 3 if self.backend.supports_overlap else 1
