@@ -269,13 +269,14 @@ class Engine:
                 metrics.first_scheduled_time = now
                 self.metrics.request_queue_time.observe(now - metrics.arrival_time)
                 self.metrics.prompt_tokens += len(sequence.prompt)
+        handle: StepHandle
         try:
             handle = self.target_model.submit(scheduled.batch)
         except Exception as error:  # whatever a backend raises must not end the engine
-            self._drain()
-            self._recover([scheduled], error)
-            return
+            handle = _NotStarted(error)
         self._in_flight.append(_InFlight(scheduled, handle, now))
+        if isinstance(handle, _NotStarted):
+            self._drain()  # in order: what was under way may be good, or fail before this
 
     def _commit(self) -> None:
         """Take in the oldest step under way."""
@@ -471,6 +472,19 @@ class _InFlight:
     step: ScheduledStep
     handle: StepHandle
     submitted: float
+
+
+@dataclass(frozen=True, slots=True)
+class _NotStarted:
+    """The handle of a step that could not be submitted."""
+
+    error: Exception
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> BatchOutput:
+        raise self.error
 
 
 def _check_output(step: ScheduledStep, output: BatchOutput, vocab_size: int) -> None:
