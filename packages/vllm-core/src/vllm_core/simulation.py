@@ -8,6 +8,7 @@ workload again, ``--seeds 10000`` many.
 import argparse
 import logging
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -207,10 +208,12 @@ class Simulation:
 
     def _step(self) -> None:
         self.preemptions = {name: output.metrics.num_preemptions for name, output in self.outputs.items()}
+        known = dict(self.engine.scheduler.pool._by_key)
         reported = {output.request_id for output in self.engine.step()}
-        self.engine.check_integrity()
         for backend in (self.backend, self.draft):
             assert backend is None or not backend.violations, backend.violations
+        self.engine.check_integrity()
+        self._check_hits(known)
         grown = False
         for key, before in self.lengths.items():
             choice = self.outputs[key[0]].outputs[key[1]]
@@ -225,6 +228,18 @@ class Simulation:
         # The first in order always gets on: a token at the latest when its prompt has run, one token a step.
         self.idle_steps = 0 if grown or self.last_fault >= self.device.now else self.idle_steps + 1
         assert self.idle_steps <= 2 * self.scenario.max_model_len + 20, "no progress"
+
+    def _check_hits(self, known: dict[bytes, int]) -> None:
+        """Who was let in has hit all of its prefix that was there (``known`` before the step, and still after it)."""
+        scheduler, size = self.engine.scheduler, self.scenario.config.block_size
+        for sequence in scheduler.last_admitted:
+            output = sequence.request.output
+            first = output.num_cached_tokens // size
+            if sequence.completion.index or first >= (len(sequence.prompt) - 1) // size or output.prompt_logprobs is not None:
+                continue
+            key = sequence.keys[first] if sequence.keys else b""
+            block = known.get(key)
+            assert block is None or block != scheduler.pool.lookup(key), f"{output.request_id} did not hit block {block}"
 
     def _check_gap(self, key: tuple[str, int]) -> None:
         """A running stream waits for a step of the budget at most; for two where steps overlap, or blocks are short."""
@@ -364,7 +379,9 @@ def simulate(seed: int) -> Report:
     try:
         return Simulation(draw(seed)).run()
     except Exception as error:
-        raise SimulationFailure(f"seed {seed}: {type(error).__name__}: {error}") from error
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{frame.name}, line {frame.lineno}: {frame.line}"
+        raise SimulationFailure(f"seed {seed}: {type(error).__name__}: {error} ({where})") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
