@@ -28,6 +28,9 @@ from vllm_traits.fake_model import Choice, mix, tag_of
 from vllm_traits.ids import BlockId, SlotId
 
 
+DRAFT_FAULTS = (Fault.SUBMIT, Fault.RESULT, Fault.FEW_ROWS, Fault.FLAT, Fault.MISSING, Fault.OUTSIDE)
+
+
 class SimulationFailure(AssertionError):  # noqa: N818 - a failure of what is simulated, not of this
     """A law did not hold; the message names the seed that shows it."""
 
@@ -95,7 +98,7 @@ class Simulation:
         self.backend = FakeBackend(
             **scenario.backend, device=self.device, fault=self._fault, on_submit=self._note, may_read=self._may_read
         )
-        self.draft = FakeBackend(**scenario.backend) if scenario.has_draft else None
+        self.draft = FakeBackend(**scenario.backend, fault=self._draft_fault) if scenario.has_draft else None
         vocab_size = self.backend.vocab_size
         self.engine = Engine(
             self.backend,
@@ -154,6 +157,11 @@ class Simulation:
         self.faults_of.update(int(seq) for seq in batch.seq_ids)
         self.report.counts[fault.name] += 1
         return fault
+
+    def _draft_fault(self, batch: Batch) -> Fault | None:
+        """A draft that fails costs guesses, and nothing else."""
+        is_frail = self.scenario.fault_rate and self.random.random() < 0.05
+        return self.random.choice(DRAFT_FAULTS) if is_frail else None
 
     def _may_read(self, reader: int, writer: int, step: int) -> bool:
         """Blocks are shared within one salt, and not across a reset."""
