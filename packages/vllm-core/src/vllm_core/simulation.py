@@ -27,7 +27,6 @@ from vllm_traits.fake_backend import FakeBackend, Fault, VirtualDevice
 from vllm_traits.fake_model import Choice, mix, tag_of
 from vllm_traits.ids import BlockId, SlotId
 
-
 DRAFT_FAULTS = (Fault.SUBMIT, Fault.RESULT, Fault.FEW_ROWS, Fault.FLAT, Fault.MISSING, Fault.OUTSIDE)
 
 
