@@ -105,6 +105,19 @@ def test_the_cache_can_be_reset() -> None:
     with_engine(test)
 
 
+def test_a_priority_can_be_changed_and_a_wrong_one_harms_nobody() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        stream = engine.generate("a", [1], GREEDY)
+        await anext(stream)
+        assert await engine.set_priority("a", 3)
+        assert not await engine.set_priority("b", 3)
+        with pytest.raises(InvalidRequestError, match="priority"):
+            await engine.set_priority("a", "high")  # type: ignore[arg-type]
+        assert await collect(engine, "c", [2]) == expected_tokens([2], 20, 256)
+
+    with_engine(test)
+
+
 def test_shutdown_drains() -> None:
     release = threading.Event()
 

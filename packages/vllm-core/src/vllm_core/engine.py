@@ -140,7 +140,7 @@ class Engine:
             RequestTooLargeError: It could not fit into the KV cache even alone.
             QueueFullError: Too many wait.
         """
-        prompt, limit = self._check(request_id, prompt_token_ids, sampling_params)
+        prompt, limit = self._check(request_id, prompt_token_ids, sampling_params, priority)
         params, spec = sampling_params, self.target_model.spec
         output = RequestOutput(
             request_id=request_id,
@@ -189,7 +189,12 @@ class Engine:
         return True
 
     def set_priority(self, request_id: str, priority: int) -> bool:
-        """Give a request another priority, wherever it is; False if it is not known (any more)."""
+        """Give a request another priority, wherever it is; False if it is not known (any more).
+
+        Raises:
+            InvalidRequestError: It is no integer.
+        """
+        _check_priority(priority)
         request = self._requests.get(request_id)
         if request is None:
             return False
@@ -422,9 +427,12 @@ class Engine:
             return queue_key(request.arrival, index, 0, 0)
         return queue_key(request.arrival, index, request.priority, self.config.priority_aging)
 
-    def _check(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[IntArray, int]:
+    def _check(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int
+    ) -> tuple[IntArray, int]:
         """The prompt as int32 ``[num_prompt_tokens]`` and the length in tokens at which the request ends."""
         spec, block_size = self.target_model.spec, self.config.block_size
+        _check_priority(priority)
         if request_id in self._requests:
             raise InvalidRequestError(f"request_id {request_id!r} is taken by a request that has not finished.", "request_id")
         try:
@@ -485,6 +493,11 @@ class _NotStarted:
 
     def result(self) -> BatchOutput:
         raise self.error
+
+
+def _check_priority(priority: int) -> None:
+    if not isinstance(priority, int):
+        raise InvalidRequestError(f"priority is {priority!r}; it must be an integer.", "priority")
 
 
 def _check_output(step: ScheduledStep, output: BatchOutput, vocab_size: int) -> None:
