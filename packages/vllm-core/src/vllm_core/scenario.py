@@ -82,11 +82,6 @@ class Scenario:
         """Of engine and model alike."""
         return int(self.backend["max_model_len"])
 
-    @property
-    def is_calm(self) -> bool:
-        """Whether nothing happens but requests that come and end by themselves."""
-        return not self.fault_rate and all(deed.kind == "priority" for deed in self.deeds)
-
     def expected(self, request: SimulatedRequest, index: int) -> Ending:
         """What choice ``index`` of a request says when it runs alone."""
         params, vocab_size, eos = request.params, self.backend["vocab_size"], self.backend["eos_token_ids"]

@@ -87,7 +87,11 @@ class KnowingProposer:
 
 
 class Simulation:
-    """One run of one scenario."""
+    """One run of one scenario; or, with an empty one, an engine to do things to by hand, with every law held.
+
+    Args:
+        scenario: What to run.
+    """
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -118,6 +122,7 @@ class Simulation:
         self.lengths: dict[tuple[str, int], int] = {}
         self.preemptions: dict[str, int] = {}  # of each request before the step
         self.last_token: dict[tuple[str, int], tuple[float, int]] = {}  # when, and preemptions before it
+        self.next_fault: Fault | None = None  # befalls the next step
         self.last_fault = -1.0
         self.idle_steps = 0
         self.num_run = self.num_drafted = 0
@@ -131,12 +136,12 @@ class Simulation:
         while self.arrivals or self.engine.has_unfinished_requests():
             self._let_in()
             if self.engine.has_unfinished_requests():
-                self._step()
+                self.step()
             elif self.arrivals:
                 self.device.advance(self.arrivals[0].arrival)
         while self.deeds:
-            self._do(self.deeds.pop(0))
-        self._check_end()
+            self.do(self.deeds.pop(0))
+        self.check_end()
         return self.report
 
     # --- what the backend asks ---
@@ -147,14 +152,17 @@ class Simulation:
         self.num_drafted += int(batch.num_draft.sum())
 
     def _fault(self, batch: Batch) -> Fault | None:
-        if not self.scenario.fault_rate or self.random.random() >= self.scenario.fault_rate:
+        fault, self.next_fault = self.next_fault, None
+        if self.scenario.fault_rate and self.random.random() < self.scenario.fault_rate:
+            fault = self.random.choice(self.scenario.faults)
+        if fault is None and not self.backend.is_dead:
             return None
-        fault = self.random.choice(self.scenario.faults)
         device, self.last_fault = self.device, self.device.now
         if fault is Fault.LATE:
             self.last_fault = max(device.now, device.busy_until) + 1001 * (device.base + device.per_token * batch.num_tokens)
         self.faults_of.update(int(seq) for seq in batch.seq_ids)
-        self.report.counts[fault.name] += 1
+        if fault is not None:
+            self.report.counts[fault.name] += 1
         return fault
 
     def _draft_fault(self, batch: Batch) -> Fault | None:
@@ -172,12 +180,13 @@ class Simulation:
     def _let_in(self) -> None:
         now = self.device.now
         while self.arrivals and self.arrivals[0].arrival <= now:
-            self._add(self.arrivals.pop(0))
+            self.add(self.arrivals.pop(0))
         while self.deeds and self.deeds[0].time <= now:
-            self._do(self.deeds.pop(0))
+            self.do(self.deeds.pop(0))
             self.engine.check_integrity()
 
-    def _add(self, request: SimulatedRequest) -> None:
+    def add(self, request: SimulatedRequest) -> None:
+        """Hand a request to the engine."""
         engine, name = self.engine, request.name
         first = engine._num_sequences + 1
         self.of_sequence |= {first + i: (name, i) for i in range(request.params.n)}
@@ -187,7 +196,8 @@ class Simulation:
         )
         self.lengths |= {(name, i): 0 for i in range(request.params.n)}
 
-    def _do(self, deed: Deed) -> None:
+    def do(self, deed: Deed) -> None:
+        """Do something to the engine, which must say what it made of it."""
         engine, output = self.engine, self.outputs.get(deed.name)
         self.report.counts[deed.kind] += 1
         if deed.kind == "reset":
@@ -213,7 +223,8 @@ class Simulation:
 
     # --- a step and its laws ---
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Run a step and hold it against the laws."""
         self.preemptions = {name: output.metrics.num_preemptions for name, output in self.outputs.items()}
         known = dict(self.engine.scheduler.pool._by_key)
         reported = {output.request_id for output in self.engine.step()}
@@ -260,7 +271,8 @@ class Simulation:
 
     # --- the end ---
 
-    def _check_end(self) -> None:
+    def check_end(self) -> None:
+        """Hold everything against what it must be when all requests have ended, and close the engine."""
         engine, scheduler = self.engine, self.engine.scheduler
         for name, output in self.outputs.items():
             assert output.finished
@@ -283,7 +295,7 @@ class Simulation:
             drafted=self.num_drafted,
             right=int(scheduler.num_accepted_per_pos.sum()),
         )
-        if self.scenario.is_calm and not scheduler.num_preemptions:
+        if not self.touched and self.last_fault < 0 and not scheduler.num_preemptions:
             self._check_work(delivered)
         engine.close()
         assert self.backend.closed

@@ -72,6 +72,7 @@ class FakeBackend:
         violations: All that was wrong with batches. Each was raised as a ``BackendError`` too, but an engine survives those.
         num_steps: Steps submitted.
         closed: Whether ``close`` was called.
+        is_dead: Every step fails, since :attr:`Fault.DIE` befell one.
     """
 
     vocab_size: int = 256
@@ -90,6 +91,7 @@ class FakeBackend:
     violations: list[str] = field(default_factory=list, init=False)
     num_steps: int = field(default=0, init=False)
     closed: bool = field(default=False, init=False)
+    is_dead: bool = field(default=False, init=False)
 
     @property
     def spec(self) -> ModelSpec:
@@ -108,7 +110,6 @@ class FakeBackend:
 
     def initialize(self, state: BatchState, *, num_blocks: int, max_num_batched_tokens: int) -> None:
         self._under_way: deque[_Handle] = deque()
-        self._dead = False
         if self.keep_kv:
             self._cache = FakeKvCache(num_blocks, state.block_size, self.may_read)
             self._rules = BatchRules(self.spec, num_blocks=num_blocks, max_num_batched_tokens=max_num_batched_tokens)
@@ -121,8 +122,8 @@ class FakeBackend:
         fault = self.fault(batch) if self.fault is not None else None
         if fault is Fault.SUBMIT:
             raise BackendError("the step could not be started")
-        self._dead = self._dead or fault is Fault.DIE
-        if self._dead:
+        self.is_dead = self.is_dead or fault is Fault.DIE
+        if self.is_dead:
             raise BackendError("the device is gone")
         self.num_steps += 1
         if not self.keep_kv:
