@@ -142,11 +142,13 @@ class Scheduler:
         table.complete(batch.step_id)
         self._allow_one_more()
         alive = table.epochs[batch.slots] == step.epochs
-        table.committed[batch.slots[alive]] = step.ends[alive]
+        slots, ends = batch.slots, step.ends
+        if not alive.all():
+            slots, ends = slots[alive], ends[alive]
+        table.committed[slots] = ends
         if output.prompt_logprobs:
             self._take_prompt_logprobs(batch, alive, output)
-        goes_on = alive & batch.sample
-        rows = np.flatnonzero(goes_on)
+        rows = np.flatnonzero(alive & batch.sample)
         steady = step.running if len(rows) == batch.num_rows else None
         by_slot = cast("list[Sequence]", table.sequences)  # the slots of rows that are alive have one
         at = batch.slots if steady else batch.slots[rows]
@@ -168,7 +170,7 @@ class Scheduler:
                 if row in output.logprobs:
                     _add_logprobs(sequence, output.logprobs[row][: sequence.num_tokens - before])
         if self.prefix_cache.enabled:
-            self._register(batch.slots if steady else batch.slots[alive])
+            self._register(slots, ends if not step.has_guesses else table.committed[slots])
         outputs = steady.outputs if steady else _outputs(sequences)
         return Committed(sequences, outputs, at, num_new, is_first, self._end_some(sequences, at, tokens))
 
@@ -182,6 +184,7 @@ class Scheduler:
         table = self._table
         for step in reversed(steps):
             batch = step.batch
+            table.changed.extend(batch.changed_slots.tolist())  # the backend may not have heard of them
             for row, slot in enumerate(batch.slots.tolist()):
                 sequence = table.sequences[slot]
                 if sequence is None or table.epochs[slot] != step.epochs[row]:
@@ -469,16 +472,17 @@ class Scheduler:
             self.speculator.observe(at, num_draft, num_right, state.num_tokens[at])
         return taken
 
-    def _register(self, slots: IntArray) -> None:
+    def _register(self, slots: IntArray, committed: IntArray) -> None:
         """Let others find the blocks that are full by now."""
-        block_size, table = self.config.block_size, self._table
-        full = table.committed[slots] // block_size
-        for row in np.flatnonzero(full > table.registered[slots]).tolist():
-            slot = int(slots[row])
-            sequence = table.sequences[slot]
-            assert sequence is not None
-            self.prefix_cache.register(sequence, self.state.token_ids[slot, : int(full[row]) * block_size])
-            table.registered[slot] = full[row]
+        block_size, table, state = self.config.block_size, self._table, self.state
+        full = committed // block_size
+        rows = np.flatnonzero(full > table.registered[slots])
+        if len(rows) == 0:
+            return
+        by_slot = cast("list[Sequence]", table.sequences)
+        for slot, end in zip(slots[rows].tolist(), full[rows].tolist(), strict=True):
+            self.prefix_cache.register(by_slot[slot], state.token_ids[slot], end)
+        table.registered[slots[rows]] = full[rows]
 
     def _end_some(self, sequences: list[Sequence], at: IntArray, tokens: IntArray) -> list[Sequence]:
         """End those of the sequences whose last tokens say so."""

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 PRIOR_RIGHT, PRIOR_TRIALS = 1.5, 2.0
 """What a sequence starts with, as if so many guesses had been right of so many."""
-MEMORY = 0.9
+MEMORY = 0.8
 """What is left of old trials when new ones are counted."""
 FIRST_RETRY, LAST_RETRY = 16, 256
 """Tokens until a sequence whose guesses did not pay tries again; doubles from the one to the other."""

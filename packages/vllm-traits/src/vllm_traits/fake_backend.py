@@ -279,7 +279,7 @@ def _distort(output: BatchOutput, batch: Batch, fault: Fault | None, vocab_size:
     row = int(sampled[-1])
     if fault is Fault.SURPLUS:
         tokens = np.pad(tokens, ((0, 0), (0, int(batch.num_draft.max()) + 2 - tokens.shape[1])), constant_values=-1)
-        tokens[row, : batch.num_draft[row] + 2] = 0
+        tokens[row] = np.where(np.arange(tokens.shape[1]) < batch.num_draft[row] + 2, np.maximum(tokens[row], 0), -1)
     else:
         tokens[row, 0] = -1 if fault is Fault.MISSING else vocab_size
     return BatchOutput(token_ids=tokens)
