@@ -51,12 +51,9 @@ def reuse_before_the_fence(patch: Patch) -> None:
 
 
 def hash_of_a_partial_block(patch: Patch) -> None:
-    def register(original: Any, scheduler: Scheduler, slots: Any) -> None:
-        committed, size = scheduler._table.committed, scheduler.config.block_size
-        right = committed[slots].copy()
-        committed[slots] = np.minimum(-(-right // size), scheduler.state.num_blocks[slots]) * size
-        original(scheduler, slots)
-        committed[slots] = right
+    def register(original: Any, scheduler: Scheduler, slots: Any, committed: Any) -> None:
+        size = scheduler.config.block_size
+        original(scheduler, slots, np.minimum(-(-committed // size), scheduler.state.num_blocks[slots]) * size)
 
     around(patch, Scheduler, "_register", register)
 

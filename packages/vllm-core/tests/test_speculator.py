@@ -11,7 +11,7 @@ from vllm_core.speculator import FIRST_RETRY, MAX_FAILURES, Speculator, StepCost
 from vllm_traits.batch import BatchState
 from vllm_traits.ids import SeqId, SlotId
 
-SLOTS = np.arange(2, dtype=np.int32)
+SLOTS = np.arange(2)
 
 
 class Scripted:
@@ -55,7 +55,7 @@ def ask(speculator: Speculator, known: int = 10, most: int = 8) -> list[list[int
     state = BatchState(4, 1024, 4)
     state.num_tokens[:] = known
     wanted = np.minimum(speculator.num_wanted(SLOTS, state.num_tokens[SLOTS]), most)
-    rows = DraftRows(state, SLOTS, (SeqId(1), SeqId(2)), wanted.max(axis=0), [root_key(None)] * 2, [[], []])
+    rows = DraftRows(state, SLOTS.astype(np.int32), (SeqId(1), SeqId(2)), wanted.max(axis=0), [root_key(None)] * 2, [[], []])
     return [list(guess) for guess in speculator.propose(rows, wanted)]
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_core.proposer import DraftRows, Proposer
-from vllm_traits.batch import BatchState, IntArray
+from vllm_traits.batch import BatchState, IntArray, LongArray
 from vllm_traits.ids import SlotId
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Speculator:
         self._failures = [0] * len(self.proposers)
         self._source: IntArray = np.zeros(max_num_seqs, np.int32)  # whose guesses a slot's step holds
 
-    def num_wanted(self, slots: IntArray, num_tokens: IntArray) -> IntArray:
+    def num_wanted(self, slots: LongArray, num_tokens: IntArray) -> IntArray:
         """Guesses worth making, int32 ``[num_proposers, len(slots)]``, for sequences of ``num_tokens`` known tokens."""
         wanted = np.zeros((len(self.proposers), len(slots)), np.int32)
         for i in range(len(self.proposers)):
@@ -143,7 +143,7 @@ class Speculator:
                     self._next_try[i, slot] = rows.state.num_tokens[slot] + pause
         return guesses
 
-    def observe(self, slots: IntArray, num_draft: IntArray, num_right: IntArray, num_tokens: IntArray) -> None:
+    def observe(self, slots: LongArray, num_draft: IntArray, num_right: IntArray, num_tokens: IntArray) -> None:
         """Of ``num_draft`` guesses the first ``num_right`` were right; the sequences have ``num_tokens`` tokens now."""
         source = self._source[slots]
         self._right[source, slots] = self._right[source, slots] * MEMORY + num_right
