@@ -127,7 +127,7 @@ class DraftModelProposer:
         drafted.ran = []
         self._record(drafted, slot, keys)
         block = drafted.num_recorded
-        while drafted.computed == block * size and block < min(len(keys), known // size):
+        while block < min(len(keys), known // size):  # the rest of a block that it has begun, too
             if self._holds.get(BlockId(int(table[block]))) != keys[block]:  # not what another sequence computed there
                 break
             block += 1

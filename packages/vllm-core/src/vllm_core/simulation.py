@@ -116,6 +116,7 @@ class Simulation:
         self.requests: dict[str, SimulatedRequest] = {}
         self.outputs: dict[str, RequestOutput] = {}
         self.touched: set[tuple[str, int]] = set()  # choices that were aborted
+        self.rekeyed: set[str] = set()  # requests whose priority was changed
         self.of_sequence: dict[int, tuple[str, int]] = {}
         self.faults_of: Counter[int] = Counter()  # by sequence, the steps with it that something befell
         self.last_reset = 0
@@ -205,6 +206,7 @@ class Simulation:
                 self.last_reset = self.backend.num_steps
                 assert engine.scheduler.pool.num_cached == 0
         elif deed.kind == "priority":
+            self.rekeyed.add(deed.name)
             assert engine.set_priority(deed.name, deed.number) == (output is not None and not output.finished)
         elif output is None:
             assert not engine.abort(deed.name)
@@ -334,7 +336,7 @@ class Simulation:
     def _check_order(self) -> None:
         """Who is first in order is let in first, which bounds how long anybody waits; those that wait for a prefix aside."""
         config = self.scenario.config
-        rekeyed = {deed.name for deed in self.scenario.deeds if deed.kind == "priority"} | {name for name, _ in self.touched}
+        moved = self.rekeyed | {name for name, _ in self.touched}
         if config.enable_prefix_caching:
             return
         line = []
@@ -342,7 +344,7 @@ class Simulation:
             is_ranked = config.scheduling_policy == "priority"
             rank = self.requests[name].priority if is_ranked else 0
             key = (arrival + rank * config.priority_aging,) if config.priority_aging and is_ranked else (rank, arrival)
-            if name not in rekeyed and output.metrics.first_scheduled_time is not None:
+            if name not in moved and output.metrics.first_scheduled_time is not None:
                 line.append((key, output.metrics.arrival_time, output.metrics.first_scheduled_time, name))
         for (_, arrived, first, name), (_, _, other_first, other) in combinations(sorted(line), 2):
             assert first <= other_first or arrived >= other_first, f"{other} was let in before {name}"

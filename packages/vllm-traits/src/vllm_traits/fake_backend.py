@@ -32,6 +32,8 @@ class _Handle:
     error: Exception | None
     ready_at: float
     named: NamedThings | None
+    is_read: bool = False
+    """Whether somebody has its tokens."""
     ruined: bool = False
     """What it writes is worth nothing, and so is what steps submitted before that was known make of it."""
 
@@ -43,6 +45,7 @@ class _Handle:
         return True
 
     def result(self) -> BatchOutput:
+        self.is_read = True
         if self.backend.device is not None:
             self.backend.device.advance(self.ready_at)
         self.backend._known_to_be_over(self)
@@ -110,6 +113,7 @@ class FakeBackend:
 
     def initialize(self, state: BatchState, *, num_blocks: int, max_num_batched_tokens: int) -> None:
         self._under_way: deque[_Handle] = deque()
+        self._unread: list[_Handle] = []
         if self.keep_kv:
             self._cache = FakeKvCache(num_blocks, state.block_size, self.may_read)
             self._rules = BatchRules(self.spec, num_blocks=num_blocks, max_num_batched_tokens=max_num_batched_tokens)
@@ -129,8 +133,10 @@ class FakeBackend:
         if not self.keep_kv:
             output, ruined = self._run_fast(batch), False
         else:
-            self._complain(self._rules.complaints(batch, [step.named for step in self._under_way if step.named is not None]))
-            ruined = any(step.ruined for step in self._under_way)
+            self._unread = [step for step in self._unread if not step.is_read]
+            under_way, unread = ([step.named for step in steps if step.named] for steps in (self._under_way, self._unread))
+            self._complain(self._rules.complaints(batch, under_way, unread))
+            ruined = any(step.ruined for step in self._unread)
             output = self._rubbish(batch) if ruined else self._run(batch)
         error = self.fail_result(batch) if self.fail_result is not None else None
         if fault in (Fault.RESULT, Fault.OUT_OF_MEMORY):
@@ -152,9 +158,10 @@ class FakeBackend:
         if self.device is not None:
             ready_at = self.device.start(batch.num_tokens, slowness=1000.0 if fault is Fault.LATE else 1.0)
         fenced = self.keep_kv and self.supports_overlap
-        handle = _Handle(self, output, error, ready_at, NamedThings.of(batch) if fenced else None, ruined)
+        handle = _Handle(self, output, error, ready_at, NamedThings.of(batch) if fenced else None, ruined=ruined)
         if fenced:
             self._under_way.append(handle)
+            self._unread.append(handle)
         return handle
 
     def _known_to_be_over(self, handle: _Handle) -> None:
