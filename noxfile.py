@@ -91,6 +91,20 @@ def coverage(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def nightly(session: nox.Session) -> None:
+    """10,000 simulated workloads of the engine; ``nox -s nightly -- --seed 17`` runs one again (not run by default)."""
+    _install(session, "core")
+    session.run("python", "-m", "vllm_core.simulation", *(session.posargs or ["--seeds", "10000", "--jobs", "2"]))
+
+
+@nox.session(default=False)
+def mutation(session: nox.Session) -> None:
+    """The share of changes to the engine that tests notice; ``-- --sample 50 --seed 3`` (not run by default)."""
+    _install(session, "core", *_group("test"), "cosmic-ray")
+    session.run("python", "scripts/mutation.py", *session.posargs)
+
+
+@nox.session(default=False)
 def wheels(session: nox.Session) -> None:
     """Build the four wheels into dist/ (not run by default)."""
     for name in LAYERS:

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_engine.py [--profile]
 
-Prints one JSON line a case: microseconds of ``Engine.step`` (median, 99th percentile) for sequences that decode, and milliseconds
-to find the prefix of a long prompt.
+Prints one JSON line a case: microseconds of ``Engine.step`` (median, 99th percentile) for sequences that decode, and
+milliseconds to find the prefix of a long prompt.
 """
 
 import argparse
@@ -24,6 +24,7 @@ RNG = np.random.default_rng(0)
 
 
 def engine_of(num_blocks: int, **settings: Any) -> Engine:
+    """An engine over a backend that computes nothing."""
     backend = FakeBackend(vocab_size=50_000, max_model_len=65_536, supports_overlap=True, keep_kv=False, max_draft_tokens=8)
     return Engine(backend, config=EngineConfig(num_blocks=num_blocks, max_num_waiting=10**6, **settings))
 
@@ -84,6 +85,7 @@ def prefix_lookup(length: int = 32_768, repeats: int = 9) -> None:
 
 
 def main() -> None:
+    """Run every case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true", help="profile the first case instead")
     arguments = parser.parse_args()

@@ -105,6 +105,22 @@ def test_the_cache_can_be_reset() -> None:
     with_engine(test)
 
 
+def test_a_priority_can_be_changed_and_a_wrong_one_harms_nobody() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        release = threading.Event()
+        engine.engine.target_model.on_submit = lambda batch: release.wait(0.01)  # type: ignore[attr-defined]
+        stream = engine.generate("a", [1], SamplingParams(temperature=0, max_tokens=1000))
+        await anext(stream)
+        assert await engine.set_priority("a", 3)
+        assert not await engine.set_priority("b", 3)
+        with pytest.raises(InvalidRequestError, match="priority"):
+            await engine.set_priority("a", "high")  # type: ignore[arg-type]
+        release.set()
+        assert await collect(engine, "c", [2]) == expected_tokens([2], 20, 256)
+
+    with_engine(test)
+
+
 def test_shutdown_drains() -> None:
     release = threading.Event()
 

@@ -11,10 +11,13 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from vllm_core import AsyncEngine, Engine, EngineConfig
+from vllm_core.proposer import DraftRows
 from vllm_model import ChatTemplate, Tokenizer
 from vllm_server import ServerConfig
 from vllm_server.app import Service, build_app
+from vllm_traits import BatchState
 from vllm_traits.fake_backend import FakeBackend
+from vllm_traits.fake_model import Choice, mix, tag_of
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -35,14 +38,53 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(tokenizer, eos_token="<|end|>", chat_template=TEMPLATE)
 
 
+class Oracle:
+    """Knows what the fake backend will say, but for the last guess now and then.
+
+    Args:
+        vocab_size: The backend's.
+    """
+
+    name = "oracle"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def propose(self, rows: DraftRows) -> list[list[int]]:
+        return [
+            self._guesses(rows.state, slot, num)
+            for slot, num in zip(rows.slots.tolist(), rows.num_wanted.tolist(), strict=True)
+        ]
+
+    def _guesses(self, state: BatchState, slot: int, num: int) -> list[int]:
+        known = state.token_ids[slot, : state.num_tokens[slot]].tolist()
+        choice, tag = Choice.of_slot(state, slot, self.vocab_size), tag_of(known)
+        said, guesses = known[state.num_prompt_tokens[slot] :], list[int]()
+        for _ in range(num):
+            guesses.append(choice.next_token(tag, [*said, *guesses]))
+            tag = mix(tag, guesses[-1])
+        if len(known) % 4 == 3:
+            guesses[-1] = (guesses[-1] + 1) % self.vocab_size
+        return guesses
+
+    def forget(self, state: BatchState, slot: int, root: bytes) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.fixture(scope="session")
 def make_service() -> MakeService:
-    """Makes a service that is not started yet."""
+    """Makes a service that is not started yet; with ``num_guesses`` up to that many tokens and one more come at once."""
 
-    def make(backend: FakeBackend | None = None, **settings: Any) -> Service:
+    def make(backend: FakeBackend | None = None, *, num_guesses: int = 0, **settings: Any) -> Service:
         tokenizer = byte_tokenizer()
-        backend = backend or FakeBackend(vocab_size=tokenizer.vocab_size, max_model_len=512)
-        engine = AsyncEngine(Engine(backend, config=EngineConfig(num_blocks=256), model_name="fake"))
+        like = {"vocab_size": tokenizer.vocab_size, "max_model_len": 512}
+        backend = backend or FakeBackend(**like, max_draft_tokens=num_guesses)
+        limits = EngineConfig(num_blocks=256, max_draft_tokens=num_guesses)
+        proposers = [Oracle(backend.vocab_size)] if num_guesses else []
+        engine = AsyncEngine(Engine(backend, config=limits, proposers=proposers, model_name="fake"))
         config = replace(ServerConfig(), **settings)
         return Service(engine, tokenizer, ChatTemplate.of(tokenizer), config, name="fake", version="0")
 

@@ -30,6 +30,16 @@ def test_every_kind_of_value() -> None:
     assert parse_config(["model"], environment, "1") == config
 
 
+def test_speculation_is_json_everywhere_and_may_be_a_table_in_the_file(tmp_path: Path) -> None:
+    text = '{"method":"ngram","num_speculative_tokens":4}'
+    file = tmp_path / "server.toml"
+    file.write_text('[speculative_config]\nmethod = "ngram"\nnum_speculative_tokens = 4\n')
+    config = parse_config(["--speculative-config", text], {}, "1")
+    assert config.speculative_config == text
+    assert parse_config([], {"VLLM_SPECULATIVE_CONFIG": text}, "1") == config
+    assert parse_config(["--config", str(file)], {}, "1") == config
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -39,6 +49,8 @@ def test_every_kind_of_value() -> None:
         ({"VLLM_ENABLE_PREFIX_CACHING": "maybe"}, "true or false"),
         ({"VLLM_TENSOR_PARALLEL_SIZE": "2"}, "tensor_parallel_size"),
         ({"VLLM_PORT": "70000"}, "port"),
+        ({"VLLM_SPECULATIVE_CONFIG": "ngram"}, "speculative_config is not a JSON object"),
+        ({"VLLM_SPECULATIVE_CONFIG": '{"method": "ngram", "num": 1}'}, "speculative_config: num is not known"),
         ({"VLLM_CONFIG": "/nowhere/x.toml"}, "nowhere"),
     ],
 )

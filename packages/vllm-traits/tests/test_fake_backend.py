@@ -321,7 +321,7 @@ def test_a_step_that_could_not_start_has_told_nothing() -> None:
         (Fault.FLAT, [-1, -1]),
         (Fault.MISSING, [[-1], [-1]]),
         (Fault.OUTSIDE, [[-1], [256]]),
-        (Fault.SURPLUS, [[-1, -1], [0, 0]]),
+        (Fault.SURPLUS, [[-1, -1], [*expected_tokens(range(3), 1, 256), 0]]),
     ],
 )
 def test_outputs_can_be_wrong(fault: Fault, tokens: list[Any]) -> None:

@@ -126,6 +126,10 @@ class AsyncEngine:
 
         self._post(abort)
 
+    async def set_priority(self, request_id: str, priority: int) -> bool:
+        """As :meth:`Engine.set_priority`."""
+        return await self._call(lambda: self.engine.set_priority(request_id, priority))
+
     async def reset_prefix_cache(self) -> bool:
         """As :meth:`Engine.reset_prefix_cache`."""
         return await self._call(self.engine.reset_prefix_cache)
@@ -161,11 +165,19 @@ class AsyncEngine:
         loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def run() -> None:
-            result = function()
+            result, failure = False, None
+            try:
+                result = function()
+            except Exception as error:  # belongs to who asked
+                failure = error
 
             def resolve() -> None:
-                if not done.cancelled():
+                if done.cancelled():
+                    return
+                if failure is None:
                     done.set_result(result)
+                else:
+                    done.set_exception(failure)
 
             loop.call_soon_threadsafe(resolve)
 

@@ -20,6 +20,7 @@ import numpy as np
 from vllm_core.proposer import DraftRows
 from vllm_traits.backend import ModelBackend
 from vllm_traits.batch import Batch, BatchState, BoolArray, IntArray, LongArray
+from vllm_traits.errors import BackendError
 from vllm_traits.ids import BlockId, SlotId, StepId
 
 
@@ -126,7 +127,7 @@ class DraftModelProposer:
         drafted.ran = []
         self._record(drafted, slot, keys)
         block = drafted.num_recorded
-        while drafted.computed == block * size and block < min(len(keys), known // size):
+        while block < min(len(keys), known // size):  # the rest of a block that it has begun, too
             if self._holds.get(BlockId(int(table[block]))) != keys[block]:  # not what another sequence computed there
                 break
             block += 1
@@ -165,6 +166,9 @@ class DraftModelProposer:
 
         Returns:
             int32 ``[len(which)]``, what was sampled, -1 where nothing was to be.
+
+        Raises:
+            BackendError: The output does not fit the batch.
         """
         state, slots = self._state, rows.slots[which]
         starts, counts = computed[which], lens[which]
@@ -186,4 +190,10 @@ class DraftModelProposer:
             num_draft=np.zeros(len(which), np.int32),
             changed_slots=np.array(changed, np.int32),
         )
-        return self.model.submit(batch).result().token_ids[:, 0]
+        tokens = self.model.submit(batch).result().token_ids
+        if tokens.ndim != 2 or len(tokens) != len(which):
+            raise BackendError(f"the draft returned tokens of shape {tokens.shape} for {len(which)} rows")
+        sampled = tokens[batch.sample, 0]
+        if len(sampled) and not (int(sampled.min()) >= 0 and int(sampled.max()) < self.model.spec.vocab_size):
+            raise BackendError("the draft returned a token outside its vocabulary")  # it would run it in its next step
+        return tokens[:, 0]

@@ -140,7 +140,7 @@ class Engine:
             RequestTooLargeError: It could not fit into the KV cache even alone.
             QueueFullError: Too many wait.
         """
-        prompt, limit = self._check(request_id, prompt_token_ids, sampling_params)
+        prompt, limit = self._check(request_id, prompt_token_ids, sampling_params, priority)
         params, spec = sampling_params, self.target_model.spec
         output = RequestOutput(
             request_id=request_id,
@@ -189,7 +189,12 @@ class Engine:
         return True
 
     def set_priority(self, request_id: str, priority: int) -> bool:
-        """Give a request another priority, wherever it is; False if it is not known (any more)."""
+        """Give a request another priority, wherever it is; False if it is not known (any more).
+
+        Raises:
+            InvalidRequestError: It is no integer.
+        """
+        _check_priority(priority)
         request = self._requests.get(request_id)
         if request is None:
             return False
@@ -269,13 +274,14 @@ class Engine:
                 metrics.first_scheduled_time = now
                 self.metrics.request_queue_time.observe(now - metrics.arrival_time)
                 self.metrics.prompt_tokens += len(sequence.prompt)
+        handle: StepHandle
         try:
             handle = self.target_model.submit(scheduled.batch)
         except Exception as error:  # whatever a backend raises must not end the engine
-            self._drain()
-            self._recover([scheduled], error)
-            return
+            handle = _NotStarted(error)
         self._in_flight.append(_InFlight(scheduled, handle, now))
+        if isinstance(handle, _NotStarted):
+            self._drain()  # in order: what was under way may be good, or fail before this
 
     def _commit(self) -> None:
         """Take in the oldest step under way."""
@@ -283,7 +289,7 @@ class Engine:
         step = under_way.step
         try:
             output = under_way.handle.result()
-            self._check_output(step, output)
+            _check_output(step, output, self.target_model.spec.vocab_size)
         except Exception as error:  # as above
             later = [each.step for each in self._in_flight]
             for each in self._in_flight:
@@ -298,7 +304,7 @@ class Engine:
             batch = step.batch
             if batch.num_tokens - int(batch.num_draft.sum()) == batch.num_rows:  # no prompt was in it
                 took = now - max(under_way.submitted, self._last_commit_time)
-                self.scheduler.speculator.cost.observe(batch.num_tokens, committed.num_new, took)
+                self.scheduler.speculator.observe_step(batch.num_tokens, committed.num_new, took)
         self._last_commit_time = now
         if self._troubled:
             for sequence in [each for each in self._troubled if self.scheduler.got_past_failure(each)]:
@@ -308,26 +314,6 @@ class Engine:
     def _drain(self) -> None:
         while self._in_flight:
             self._commit()
-
-    def _check_output(self, step: ScheduledStep, output: BatchOutput) -> None:
-        """A token outside the vocabulary would become an index somewhere: not from here."""
-        rows = step.batch.num_rows
-        if output.token_ids.ndim != 2 or len(output.token_ids) != rows:
-            raise BackendError(f"the model returned tokens of shape {output.token_ids.shape} for {rows} rows")
-        tokens, vocab_size = output.token_ids[step.batch.sample, 0], self.target_model.spec.vocab_size
-        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
-            raise BackendError("the model returned a token outside its vocabulary")
-        if not step.has_guesses:
-            return
-        batch = step.batch
-        for row in np.flatnonzero(batch.num_draft).tolist():
-            guesses = batch.token_ids[batch.query_start[row + 1] - batch.num_draft[row] : batch.query_start[row + 1]]
-            given = output.token_ids[row]
-            num = int((given >= 0).sum())
-            if num > len(guesses) + 1 or (given[:num] < 0).any() or (given[: num - 1] != guesses[: num - 1]).any():
-                raise BackendError(f"the model returned {given.tolist()} for the guesses {guesses.tolist()}")
-            if int(given[num - 1]) >= vocab_size:
-                raise BackendError("the model returned a token outside its vocabulary")
 
     def _recover(self, steps: list[ScheduledStep], error: Exception) -> None:
         """After a failed step: undo it, and decide who runs again and how.
@@ -441,9 +427,12 @@ class Engine:
             return queue_key(request.arrival, index, 0, 0)
         return queue_key(request.arrival, index, request.priority, self.config.priority_aging)
 
-    def _check(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[IntArray, int]:
+    def _check(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int
+    ) -> tuple[IntArray, int]:
         """The prompt as int32 ``[num_prompt_tokens]`` and the length in tokens at which the request ends."""
         spec, block_size = self.target_model.spec, self.config.block_size
+        _check_priority(priority)
         if request_id in self._requests:
             raise InvalidRequestError(f"request_id {request_id!r} is taken by a request that has not finished.", "request_id")
         try:
@@ -491,6 +480,46 @@ class _InFlight:
     step: ScheduledStep
     handle: StepHandle
     submitted: float
+
+
+@dataclass(frozen=True, slots=True)
+class _NotStarted:
+    """The handle of a step that could not be submitted."""
+
+    error: Exception
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> BatchOutput:
+        raise self.error
+
+
+def _check_priority(priority: int) -> None:
+    if not isinstance(priority, int):
+        raise InvalidRequestError(f"priority is {priority!r}; it must be an integer.", "priority")
+
+
+def _check_output(step: ScheduledStep, output: BatchOutput, vocab_size: int) -> None:
+    """A token that nobody asked for, or outside the vocabulary, would become an index somewhere: not from here.
+
+    Raises:
+        BackendError: The output does not fit the batch.
+    """
+    batch, tokens = step.batch, output.token_ids
+    if tokens.ndim != 2 or len(tokens) != batch.num_rows or tokens.shape[1] == 0:
+        raise BackendError(f"the model returned tokens of shape {tokens.shape} for {batch.num_rows} rows")
+    given = tokens >= 0
+    counts = given.sum(axis=1)
+    allowed = batch.num_draft + 1 if step.has_guesses else 1
+    if (given[:, 0] != batch.sample).any() or (counts > allowed).any():
+        raise BackendError("the model returned fewer tokens than one, or more than the guesses and one, for some row")
+    if int(tokens.max()) >= vocab_size:
+        raise BackendError("the model returned a token outside its vocabulary")
+    for row in np.flatnonzero(counts > 1).tolist():
+        count, guesses = int(counts[row]), batch.token_ids[batch.query_start[row + 1] - batch.num_draft[row] :]
+        if not given[row, :count].all() or (tokens[row, : count - 1] != guesses[: count - 1]).any():
+            raise BackendError(f"the model accepted {tokens[row].tolist()} where {guesses.tolist()} was guessed")
 
 
 def _settle(handle: StepHandle) -> None:

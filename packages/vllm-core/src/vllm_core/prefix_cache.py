@@ -93,15 +93,15 @@ class PrefixCache:
             self.stats.num_queried_tokens += len(sequence.prompt)
             self.stats.num_hit_tokens += num_hits * self.block_size
 
-    def register(self, sequence: Sequence, token_ids: IntArray) -> None:
-        """Let others find the blocks of ``token_ids`` (int32 ``[num_tokens]``, full blocks), which are computed by now."""
-        if not self.enabled:
-            return
-        extend_keys(sequence.keys, sequence.root, token_ids, self.block_size)
-        end = len(token_ids) // self.block_size
+    def register(self, sequence: Sequence, token_ids: IntArray, end: int) -> None:
+        """Let others find its first ``end`` blocks, which are computed by now; ``token_ids`` (int32) are at least theirs."""
+        keys, blocks, computing = sequence.keys, sequence.blocks, self._computing
+        if len(keys) < end:
+            extend_keys(keys, sequence.root, token_ids[: end * self.block_size], self.block_size)
         for i in range(sequence.num_registered, end):
-            self.pool.register(sequence.blocks[i], sequence.keys[i])
-            self._settle(sequence.keys[i], sequence)
+            self.pool.register(blocks[i], keys[i])
+            if keys[i] in computing:
+                self._settle(keys[i], sequence)
         sequence.num_registered = end
 
     def leave(self, sequence: Sequence) -> None:

@@ -129,7 +129,7 @@ class Scheduler:
         if self.num_waiting and self.num_preemptions == preemptions:
             new_slots, new_lens = self._admit(self.config.max_num_batched_tokens - int(lens.sum()))
             if new_slots:
-                slots = np.concatenate([slots, np.array(new_slots, np.int32)])
+                slots = np.concatenate([slots, np.array(new_slots, np.int64)])
                 lens = np.concatenate([lens, np.array(new_lens, np.int32)])
         if len(slots) == 0:
             return None
@@ -141,15 +141,17 @@ class Scheduler:
         batch, state, table = step.batch, self.state, self._table
         table.complete(batch.step_id)
         self._allow_one_more()
-        alive = table.epochs[batch.slots] == step.epochs
-        table.committed[batch.slots[alive]] = step.ends[alive]
+        alive = table.epochs[step.slots] == step.epochs
+        slots, ends = step.slots, step.ends
+        if not alive.all():
+            slots, ends = slots[alive], ends[alive]
+        table.committed[slots] = ends
         if output.prompt_logprobs:
             self._take_prompt_logprobs(batch, alive, output)
-        goes_on = alive & batch.sample
-        rows = np.flatnonzero(goes_on)
+        rows = np.flatnonzero(alive & batch.sample)
         steady = step.running if len(rows) == batch.num_rows else None
         by_slot = cast("list[Sequence]", table.sequences)  # the slots of rows that are alive have one
-        at = batch.slots if steady else batch.slots[rows]
+        at = step.slots if steady else step.slots[rows]
         sequences = steady.sequences if steady else [by_slot[slot] for slot in at.tolist()]
         tokens = output.token_ids[:, 0] if steady else output.token_ids[rows, 0]
         lengths = state.num_tokens[at]
@@ -168,7 +170,7 @@ class Scheduler:
                 if row in output.logprobs:
                     _add_logprobs(sequence, output.logprobs[row][: sequence.num_tokens - before])
         if self.prefix_cache.enabled:
-            self._register(batch.slots if steady else batch.slots[alive])
+            self._register(slots, ends if not step.has_guesses else table.committed[slots])
         outputs = steady.outputs if steady else _outputs(sequences)
         return Committed(sequences, outputs, at, num_new, is_first, self._end_some(sequences, at, tokens))
 
@@ -182,6 +184,7 @@ class Scheduler:
         table = self._table
         for step in reversed(steps):
             batch = step.batch
+            table.changed.extend(batch.changed_slots.tolist())  # the backend may not have heard of them
             for row, slot in enumerate(batch.slots.tolist()):
                 sequence = table.sequences[slot]
                 if sequence is None or table.epochs[slot] != step.epochs[row]:
@@ -217,15 +220,17 @@ class Scheduler:
 
     def _running_now(self) -> RunningSet:
         if self._running is None:
+            slots = np.array([sequence.slot for sequence in self.running], np.int64)
             self._running = RunningSet(
-                np.array([sequence.slot for sequence in self.running], np.int32),
+                slots,
+                slots.astype(np.int32),
                 list(self.running),
                 tuple([sequence.seq_id for sequence in self.running]),
                 _outputs(self.running),
             )
         return self._running
 
-    def _plan_running(self) -> tuple[IntArray, IntArray]:
+    def _plan_running(self) -> tuple[LongArray, IntArray]:
         """Slots and how many tokens each runs, with blocks for them."""
         table, slots = self._table, self._running_now().slots
         pending, computed = table.pending[slots], table.computed[slots]
@@ -264,7 +269,7 @@ class Scheduler:
             if lens[row]:
                 self._table.grow(sequence, need)
 
-    def _guess(self, speculator: Speculator, slots: IntArray, lens: IntArray) -> IntArray:
+    def _guess(self, speculator: Speculator, slots: LongArray, lens: IntArray) -> IntArray:
         """Guesses for rows that decode, in what is left of the budget and of the free blocks; adds to ``lens``.
 
         Returns:
@@ -289,7 +294,7 @@ class Scheduler:
         sequences = [by_slot[slot] for slot in at[some].tolist()]
         asked = DraftRows(
             state=state,
-            slots=at[some],
+            slots=at[some].astype(np.int32),
             seq_ids=tuple([sequence.seq_id for sequence in sequences]),
             num_wanted=most[some],
             roots=[sequence.root for sequence in sequences],
@@ -385,7 +390,7 @@ class Scheduler:
 
     # --- building and committing ---
 
-    def _build(self, slots: IntArray, lens: IntArray, num_draft: IntArray) -> ScheduledStep:
+    def _build(self, slots: LongArray, lens: IntArray, num_draft: IntArray) -> ScheduledStep:
         state, table = self.state, self._table
         computed, pending = table.computed[slots], table.pending[slots]
         ends = computed + lens
@@ -406,7 +411,7 @@ class Scheduler:
         batch = Batch(
             step_id=self._last_step,
             state=state,
-            slots=slots,
+            slots=steady.batch_slots if steady else slots.astype(np.int32),
             seq_ids=steady.seq_ids if steady else tuple([by_slot[slot].seq_id for slot in slots.tolist()]),
             token_ids=token_ids,
             query_start=query_start,
@@ -421,7 +426,7 @@ class Scheduler:
         has_guesses = self.speculator is not None and bool(num_draft.any())
         if has_guesses:
             table.guessed[slots] = num_draft
-        return ScheduledStep(batch, ends, table.epochs[slots], steady, has_guesses)
+        return ScheduledStep(batch, slots, ends, table.epochs[slots], steady, has_guesses)
 
     def _take_guesses(
         self, step: ScheduledStep, output: BatchOutput, rows: LongArray, lengths: IntArray, tokens: IntArray
@@ -440,7 +445,7 @@ class Scheduler:
         guessed = np.flatnonzero(batch.num_draft[rows])
         num_right = (output.token_ids[rows[guessed]] >= 0).sum(axis=1).astype(np.int32) - 1
         for i, right in zip(guessed.tolist(), num_right.tolist(), strict=True):
-            slot, before = batch.slots[rows[i]], int(lengths[i])
+            slot, before = int(step.slots[rows[i]]), int(lengths[i])
             sequence = table.sequences[slot]
             assert sequence is not None
             more = output.token_ids[rows[i], 1 : right + 1].tolist()
@@ -462,25 +467,26 @@ class Scheduler:
             metrics.num_accepted_tokens += right
             self.num_accepted_per_pos[:right] += 1
         if len(guessed):
-            at, num_draft = batch.slots[rows[guessed]], batch.num_draft[rows[guessed]]
+            at, num_draft = step.slots[rows[guessed]], batch.num_draft[rows[guessed]]
             self.num_drafts += len(guessed)
             self.num_draft_tokens += int(num_draft.sum())
             assert self.speculator is not None
             self.speculator.observe(at, num_draft, num_right, state.num_tokens[at])
         return taken
 
-    def _register(self, slots: IntArray) -> None:
+    def _register(self, slots: LongArray, committed: IntArray) -> None:
         """Let others find the blocks that are full by now."""
-        block_size, table = self.config.block_size, self._table
-        full = table.committed[slots] // block_size
-        for row in np.flatnonzero(full > table.registered[slots]).tolist():
-            slot = int(slots[row])
-            sequence = table.sequences[slot]
-            assert sequence is not None
-            self.prefix_cache.register(sequence, self.state.token_ids[slot, : int(full[row]) * block_size])
-            table.registered[slot] = full[row]
+        block_size, table, state = self.config.block_size, self._table, self.state
+        full = committed // block_size
+        rows = np.flatnonzero(full > table.registered[slots])
+        if len(rows) == 0:
+            return
+        by_slot = cast("list[Sequence]", table.sequences)
+        for slot, end in zip(slots[rows].tolist(), full[rows].tolist(), strict=True):
+            self.prefix_cache.register(by_slot[slot], state.token_ids[slot], end)
+        table.registered[slots[rows]] = full[rows]
 
-    def _end_some(self, sequences: list[Sequence], at: IntArray, tokens: IntArray) -> list[Sequence]:
+    def _end_some(self, sequences: list[Sequence], at: LongArray, tokens: IntArray) -> list[Sequence]:
         """End those of the sequences whose last tokens say so."""
         table = self._table
         maybe = self.state.num_tokens[at] >= table.limits[at]

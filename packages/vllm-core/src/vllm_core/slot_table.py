@@ -95,13 +95,15 @@ class SlotTable:
 
     def grow(self, sequence: Sequence, need: int) -> None:
         """``need`` blocks more, which must be free. A table only grows while its sequence runs."""
-        assert sequence.slot is not None
+        slot, blocks = sequence.slot, sequence.blocks
+        assert slot is not None
+        table = self.state.block_tables[slot]
         for _ in range(need):
             block = self.pool.allocate()
             assert block is not None
-            self.state.block_tables[sequence.slot, len(sequence.blocks)] = block
-            sequence.blocks.append(block)
-        self.state.num_blocks[sequence.slot] = len(sequence.blocks)
+            table[len(blocks)] = block
+            blocks.append(block)
+        self.state.num_blocks[slot] = len(blocks)
 
     def leave(self, sequence: Sequence, last_step: StepId) -> None:
         """Take a sequence out. Steps up to ``last_step`` may still name its slot and blocks, so these wait for them."""

@@ -12,7 +12,7 @@ is replaced by it. One row with ``d = 3``::
 So the tokens are those of steps without guesses, at any temperature and under any filter, penalty or bias. For guesses that do
 not depend on their position's noise this is the rejection sampling of Leviathan, Kalman and Matias (2023, algorithm 1) with the
 guess as a point mass; for a draft model that samples with the same noise it is the Gumbel coupling of Daliri, Musco and Suresh
-(2024). ``docs/adr/0009-verification-by-noise.md`` has the argument and what it costs.
+(2024). ``docs/adr/0009-verification.md`` has the argument and what it costs.
 """
 
 from dataclasses import dataclass

@@ -53,7 +53,13 @@ class ServerConfig:
     gpu_memory_utilization: float = _option(0.9, ENGINE, "share of a GPU's memory to use")
     kv_cache_memory_bytes: int | None = _option(None, ENGINE, "memory for the KV cache; sized by itself if not given")
     enable_prefix_caching: bool = _option(True, ENGINE, "keep KV blocks for prompts that begin alike")
-    scheduling_policy: str = _option("fcfs", ENGINE, "who runs first", choices=("fcfs", "priority"))
+    scheduling_policy: str = _option(
+        "fcfs",
+        ENGINE,
+        "who runs first; lpm: the longest cached prefix among the first that wait",
+        choices=("fcfs", "priority", "lpm"),
+    )
+    priority_aging: int = _option(1024, ENGINE, "later requests that a level of priority lets overtake; 0: any number")
     max_num_waiting: int = _option(10_000, ENGINE, "requests that may wait; more are refused with 429")
     long_prefill_token_threshold: int = _option(0, ENGINE, "most tokens of one prompt in one step; 0: no limit of its own")
     speculative_config: str | None = _option(

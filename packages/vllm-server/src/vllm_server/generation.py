@@ -64,6 +64,8 @@ class Generation:
         self._texts = [IncrementalDetokenizer(tokenizer, prompt, params) for _ in range(params.n)]
         self._pending = [Delta(first_index + i) for i in range(params.n)]
         self._ended = [False] * params.n
+        eos = () if params.ignore_eos else engine.engine.target_model.spec.eos_token_ids
+        self._stop_token_ids = frozenset((*eos, *(params.stop_token_ids or ())))
 
     @property
     def num_output_tokens(self) -> int:
@@ -103,6 +105,8 @@ class Generation:
         reason, stop_reason = choice.finish_reason, choice.stop_reason
         end = len(choice.token_ids) if choice.logprobs is None else len(choice.logprobs)
         start = text.num_tokens
+        if reason is None and end > start and choice.token_ids[end - 1] in self._stop_token_ids:
+            end -= 1  # it has ended the output, and the reason is about to say so: then it is no text
         if reason == "abort":
             if stop_reason == "backend_error":
                 raise HttpError(500, "The model failed on this request.", type="server_error")

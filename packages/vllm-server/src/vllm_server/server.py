@@ -40,6 +40,7 @@ def build_service(config: ServerConfig, version: str) -> Service:
         max_model_len=config.max_model_len,
         enable_prefix_caching=config.enable_prefix_caching,
         max_num_waiting=config.max_num_waiting,
+        priority_aging=config.priority_aging,
         scheduling_policy=config.scheduling_policy,  # type: ignore[arg-type]  # one of the choices
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         seed=config.seed,

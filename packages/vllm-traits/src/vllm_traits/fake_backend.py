@@ -32,6 +32,8 @@ class _Handle:
     error: Exception | None
     ready_at: float
     named: NamedThings | None
+    is_read: bool = False
+    """Whether somebody has its tokens."""
     ruined: bool = False
     """What it writes is worth nothing, and so is what steps submitted before that was known make of it."""
 
@@ -43,6 +45,7 @@ class _Handle:
         return True
 
     def result(self) -> BatchOutput:
+        self.is_read = True
         if self.backend.device is not None:
             self.backend.device.advance(self.ready_at)
         self.backend._known_to_be_over(self)
@@ -72,6 +75,7 @@ class FakeBackend:
         violations: All that was wrong with batches. Each was raised as a ``BackendError`` too, but an engine survives those.
         num_steps: Steps submitted.
         closed: Whether ``close`` was called.
+        is_dead: Every step fails, since :attr:`Fault.DIE` befell one.
     """
 
     vocab_size: int = 256
@@ -90,6 +94,7 @@ class FakeBackend:
     violations: list[str] = field(default_factory=list, init=False)
     num_steps: int = field(default=0, init=False)
     closed: bool = field(default=False, init=False)
+    is_dead: bool = field(default=False, init=False)
 
     @property
     def spec(self) -> ModelSpec:
@@ -108,7 +113,7 @@ class FakeBackend:
 
     def initialize(self, state: BatchState, *, num_blocks: int, max_num_batched_tokens: int) -> None:
         self._under_way: deque[_Handle] = deque()
-        self._dead = False
+        self._unread: list[_Handle] = []
         if self.keep_kv:
             self._cache = FakeKvCache(num_blocks, state.block_size, self.may_read)
             self._rules = BatchRules(self.spec, num_blocks=num_blocks, max_num_batched_tokens=max_num_batched_tokens)
@@ -121,15 +126,17 @@ class FakeBackend:
         fault = self.fault(batch) if self.fault is not None else None
         if fault is Fault.SUBMIT:
             raise BackendError("the step could not be started")
-        self._dead = self._dead or fault is Fault.DIE
-        if self._dead:
+        self.is_dead = self.is_dead or fault is Fault.DIE
+        if self.is_dead:
             raise BackendError("the device is gone")
         self.num_steps += 1
         if not self.keep_kv:
             output, ruined = self._run_fast(batch), False
         else:
-            self._complain(self._rules.complaints(batch, [step.named for step in self._under_way if step.named is not None]))
-            ruined = any(step.ruined for step in self._under_way)
+            self._unread = [step for step in self._unread if not step.is_read]
+            under_way, unread = ([step.named for step in steps if step.named] for steps in (self._under_way, self._unread))
+            self._complain(self._rules.complaints(batch, under_way, unread))
+            ruined = any(step.ruined for step in self._unread)
             output = self._rubbish(batch) if ruined else self._run(batch)
         error = self.fail_result(batch) if self.fail_result is not None else None
         if fault in (Fault.RESULT, Fault.OUT_OF_MEMORY):
@@ -151,9 +158,10 @@ class FakeBackend:
         if self.device is not None:
             ready_at = self.device.start(batch.num_tokens, slowness=1000.0 if fault is Fault.LATE else 1.0)
         fenced = self.keep_kv and self.supports_overlap
-        handle = _Handle(self, output, error, ready_at, NamedThings.of(batch) if fenced else None, ruined)
+        handle = _Handle(self, output, error, ready_at, NamedThings.of(batch) if fenced else None, ruined=ruined)
         if fenced:
             self._under_way.append(handle)
+            self._unread.append(handle)
         return handle
 
     def _known_to_be_over(self, handle: _Handle) -> None:
@@ -279,7 +287,7 @@ def _distort(output: BatchOutput, batch: Batch, fault: Fault | None, vocab_size:
     row = int(sampled[-1])
     if fault is Fault.SURPLUS:
         tokens = np.pad(tokens, ((0, 0), (0, int(batch.num_draft.max()) + 2 - tokens.shape[1])), constant_values=-1)
-        tokens[row, : batch.num_draft[row] + 2] = 0
+        tokens[row] = np.where(np.arange(tokens.shape[1]) < batch.num_draft[row] + 2, np.maximum(tokens[row], 0), -1)
     else:
         tokens[row, 0] = -1 if fault is Fault.MISSING else vocab_size
     return BatchOutput(token_ids=tokens)

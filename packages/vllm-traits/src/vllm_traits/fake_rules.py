@@ -4,7 +4,6 @@ Nothing that a step under way names may go to another sequence before that step 
 hold what was sampled last, nor its blocks.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,9 +53,8 @@ class BatchRules:
         self.owners: dict[int, int] = {}
         """Slot to the sequence that it was last said to be of."""
 
-    def complaints(self, batch: Batch, under_way: Iterable[NamedThings]) -> list[str]:
-        """What is wrong with a batch, given the steps that are not known to be over."""
-        under_way = list(under_way)
+    def complaints(self, batch: Batch, under_way: list[NamedThings], unread: list[NamedThings]) -> list[str]:
+        """What is wrong with a batch, given the steps that are not known to be over, and those whose tokens nobody has."""
         found = self._shape(batch)
         if found:
             return [f"step {batch.step_id}: {what}" for what in found]  # the rest would stumble over it
@@ -64,7 +62,7 @@ class BatchRules:
         found += self._changed(batch, under_way)
         for row in range(batch.num_rows):
             who = f"row {row} (sequence {batch.seq_ids[row]}, slot {batch.slots[row]})"
-            what = [*self._row(batch, row, under_way), *self._fence(batch, row, named, under_way)]
+            what = [*self._row(batch, row, unread), *self._fence(batch, row, named, under_way)]
             found += [f"{who} {each}" for each in what]
         return [f"step {batch.step_id}: {what}" for what in found]
 
@@ -107,7 +105,7 @@ class BatchRules:
                 found.append(f"slot {slot} runs sequence {seq}, and was not said to have left sequence {self.owners[slot]}")
         return found
 
-    def _row(self, batch: Batch, row: int, under_way: list[NamedThings]) -> list[str]:
+    def _row(self, batch: Batch, row: int, unread: list[NamedThings]) -> list[str]:
         """One row against the state."""
         found, state, slot = list[str](), batch.state, int(batch.slots[row])
         first, num_draft = int(batch.num_computed[row]), int(batch.num_draft[row])
@@ -136,7 +134,7 @@ class BatchRules:
             found.append(f"has {num_draft} guesses in {len(tokens)} tokens; {self.spec.max_draft_tokens} are allowed")
         elif num_draft and (end - num_draft != known or not batch.sample[row]):
             found.append(f"has {num_draft} guesses up to position {end - 1}, with {known} tokens known")
-        pending = sum(slot in step.samples and step.slots[slot] == batch.seq_ids[row] for step in under_way)
+        pending = sum(slot in step.samples and step.slots[slot] == batch.seq_ids[row] for step in unread)
         if bool(batch.sample[row]) != (end - num_draft >= known) or end - num_draft > known + pending:
             found.append(
                 f"{'samples' if batch.sample[row] else 'stops'} at {end}, with {known} known and {pending} on their way"
