@@ -7,7 +7,7 @@ import pytest
 
 from vllm_core.prefix_cache import root_key
 from vllm_core.proposer import DraftRows
-from vllm_core.speculator import FIRST_RETRY, MAX_FAILURES, Speculator, StepCost
+from vllm_core.speculator import FIRST_RETRY, HOPELESS_RETRY, MAX_FAILURES, Speculator, StepCost
 from vllm_traits.batch import BatchState
 from vllm_traits.ids import SeqId, SlotId
 
@@ -129,6 +129,8 @@ def test_where_a_step_is_all_arithmetic_nothing_is_tried() -> None:
     assert wanted(speculator) == 0
     learn(speculator, 8, 8, times=5)
     assert wanted(speculator) == 0
+    known = np.full(2, 2 * HOPELESS_RETRY, np.int32)
+    assert speculator.num_wanted(SLOTS, known).tolist() == [[1, 0]], "what was measured may have been bad luck"
 
 
 def test_a_slow_guesser_must_be_right_more_often() -> None:

@@ -39,6 +39,8 @@ LONGEST_BREAK = 16
 """Most tokens until a sequence is looked at again for which nothing was found."""
 HOPELESS = 0.9
 """Where the right side of the rule is above this, nothing is tried at all."""
+HOPELESS_RETRY = 1024
+"""But one guess for the first in order whenever its length is a multiple of this: what was measured may have been bad luck."""
 RECENT = 8
 """Calls whose fastest says what a guess for every row takes; a call that catches up with a long prompt says nothing."""
 MAX_FAILURES = 3
@@ -118,6 +120,7 @@ class Speculator:
                 continue
             bound = self._threshold(i, len(slots))
             if bound > HOPELESS:
+                wanted[i, :1] = num_tokens[:1] % HOPELESS_RETRY == 0
                 continue
             chance = np.clip(self._right[i, slots] / self._trials[i, slots], 0.01, 0.99)
             worth = np.floor(math.log(max(bound, 1e-6)) / np.log(chance)).astype(np.int32)

@@ -320,8 +320,10 @@ class CudaBackend:
             ints[FIELDS * size :] = prefix.leader, prefix.length, 0, 0
         staged[0], staged[3] = -1, -1
         staged[0, :rows], staged[1, :rows], staged[2, :rows] = slots, batch.num_computed, batch.token_ids
+        if (state.num_blocks[slots] > self._sent_blocks[slots] + 1).any():
+            self._send_blocks(batch)  # after a step that failed, or where room was made for guesses that were not
         grown = np.flatnonzero(state.num_blocks[slots] > self._sent_blocks[slots])
-        if len(grown):  # a step of one token takes one block at most
+        if len(grown):
             at = slots[grown]
             last = state.num_blocks[at] - 1
             staged[3, grown] = at * state.max_blocks_per_seq + last

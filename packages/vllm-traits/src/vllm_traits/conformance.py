@@ -179,6 +179,19 @@ def shared_blocks_serve_as_prefix(make_backend: MakeBackend) -> None:
     assert driver.generate(1, 4) == expected
 
 
+def blocks_may_come_several_at_once(make_backend: MakeBackend) -> None:
+    """A table that grows by two blocks between steps of one token serves as one that was whole from the start."""
+    driver = Driver(make_backend())
+    prompt = _prompt(driver.backend, _BLOCK_SIZE - 2)
+    driver.place(0, prompt, [4, 1, 7])
+    expected = driver.generate(0, 2 * _BLOCK_SIZE)
+    driver.place(1, prompt, [9])
+    driver.generate(1, 2)
+    driver.state.block_tables[1, 1:3] = 12, 2
+    driver.state.num_blocks[1] = 3
+    assert driver.generate(1, 2 * _BLOCK_SIZE) == expected
+
+
 def last_sampled_stands_for_the_token(make_backend: MakeBackend) -> None:
     """``LAST_SAMPLED`` runs the token that the slot sampled last (for backends that support overlap)."""
     driver = Driver(make_backend())
@@ -259,6 +272,7 @@ LAWS: tuple[Callable[[MakeBackend], None], ...] = (
     chunks_do_not_matter,
     neighbours_do_not_matter,
     shared_blocks_serve_as_prefix,
+    blocks_may_come_several_at_once,
     last_sampled_stands_for_the_token,
     seeds_decide,
     guesses_change_nothing,
