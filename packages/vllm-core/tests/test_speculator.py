@@ -194,3 +194,13 @@ def test_a_slot_that_is_left_starts_anew() -> None:
     speculator.close()
     assert good.closed
     assert bad.closed
+
+
+def test_a_draft_is_paid_once_for_all_sequences_and_its_time_is_in_the_rate() -> None:
+    """A step of the draft takes 4 ms for both sequences, one of the target 10: the guess of each costs 2 of 14 ms a token."""
+    draft = Scripted("draft", [[5], [5]], seconds=0.004)
+    speculator = speculator_of(draft)
+    for _ in range(100):
+        assert ask(speculator, most=1) == [[5], [5]]
+        speculator.observe_step(4, 4, 0.010)
+    assert speculator._threshold(0, 2) == pytest.approx((0.002 + 0.1 * 0.010 / 4) * 4 / 0.014, rel=0.05)

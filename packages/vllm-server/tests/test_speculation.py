@@ -8,6 +8,10 @@ import httpx
 import pytest
 
 from vllm_server.app import Service
+from vllm_server.config import ServerConfig
+from vllm_server.server import build_service
+from vllm_traits.errors import ConfigError
+from vllm_traits.fake_backend import FakeBackend
 
 MakeService = Callable[..., Service]
 Serve = Callable[..., None]
@@ -110,3 +114,26 @@ def test_the_metrics_count_guesses(serve: Serve, make_service: MakeService) -> N
         assert 'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="fake",position="0"}' in text
 
     serve(test, make_service(num_guesses=6))
+
+
+@pytest.mark.parametrize(
+    ("speculative", "proposers"),
+    [
+        ('{"method": ["ngram", "suffix"], "num_speculative_tokens": 5, "prompt_lookup_max": 3}', ["ngram", "suffix"]),
+        ('{"method": ["draft_model", "ngram"], "model": "default", "num_speculative_tokens": 5}', ["ngram", "draft_model"]),
+    ],
+)
+def test_the_setting_reaches_the_engine(speculative: str, proposers: list[str]) -> None:
+    config = ServerConfig(speculative_config=speculative, max_model_len=128, kv_cache_memory_bytes=1 << 26, num_threads=1)
+    engine = build_service(config, "0").engine.engine
+    assert engine.max_draft_tokens == 5
+    assert engine.scheduler.speculator is not None
+    assert [proposer.name for proposer in engine.scheduler.speculator.proposers] == proposers
+    engine.close()
+
+
+def test_a_backend_that_cannot_verify_is_refused_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_server.server._factory", lambda name: lambda path: FakeBackend(vocab_size=49152))
+    config = ServerConfig(speculative_config='{"method": "ngram"}', backend="their:own")
+    with pytest.raises(ConfigError, match="num_speculative_tokens is 8; fake verifies no guesses"):
+        build_service(config, "0")

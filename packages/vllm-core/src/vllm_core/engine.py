@@ -304,7 +304,7 @@ class Engine:
             batch = step.batch
             if batch.num_tokens - int(batch.num_draft.sum()) == batch.num_rows:  # no prompt was in it
                 took = now - max(under_way.submitted, self._last_commit_time)
-                self.scheduler.speculator.cost.observe(batch.num_tokens, committed.num_new, took)
+                self.scheduler.speculator.observe_step(batch.num_tokens, committed.num_new, took)
         self._last_commit_time = now
         if self._troubled:
             for sequence in [each for each in self._troubled if self.scheduler.got_past_failure(each)]:

@@ -6,6 +6,9 @@ is more than the tokens which the engine makes without it in the same time::
 
     p**j > (b + c) * tokens per second          a, b: fitted to the steps so far; c: seconds for a guess; p: per sequence
 
+A draft model guesses for all sequences at once, so ``c`` is the time of its step divided by their number; and the tokens per
+second are those with the time for guesses in it, or guesses that pay would raise the bar for themselves.
+
 At one stream on a device that waits for memory ``b`` is small, and guesses are long; in a full batch the right side nears 1 and
 there are none. A sequence whose guesses did not pay tries one now and then.
 """
@@ -37,7 +40,7 @@ LONGEST_BREAK = 16
 HOPELESS = 0.9
 """Where the right side of the rule is above this, nothing is tried at all."""
 RECENT = 8
-"""Calls whose fastest says what a guess takes; a call that catches up with a long prompt says nothing."""
+"""Calls whose fastest says what a guess for every row takes; a call that catches up with a long prompt says nothing."""
 MAX_FAILURES = 3
 """Exceptions after which a proposer is not asked any more."""
 
@@ -49,11 +52,11 @@ class StepCost:
         self._sums = np.zeros(5)  # 1, tokens, tokens**2, seconds, tokens * seconds
         self._tokens_per_second = 0.0
 
-    def observe(self, num_tokens: int, num_new: int, seconds: float) -> None:
-        """A step ran ``num_tokens`` tokens and brought ``num_new``."""
+    def observe(self, num_tokens: int, num_new: int, seconds: float, guessing: float = 0.0) -> None:
+        """A step ran ``num_tokens`` tokens in ``seconds``, after guesses that took ``guessing``, and brought ``num_new``."""
         self._sums *= 0.98
         self._sums += (1.0, num_tokens, num_tokens**2, seconds, num_tokens * seconds)
-        rate = num_new / max(seconds, 1e-9)
+        rate = num_new / max(seconds + guessing, 1e-9)
         self._tokens_per_second += 0.1 * (rate - self._tokens_per_second) if self._tokens_per_second else rate
 
     def threshold(self, seconds_per_guess: float) -> float:
@@ -102,6 +105,8 @@ class Speculator:
         self._next_try: IntArray = np.zeros(shape, np.int32)  # known tokens from which guesses are tried again
         self._misses: IntArray = np.zeros(shape, np.int32)
         self._seconds: list[deque[float]] = [deque(maxlen=RECENT) for _ in self.proposers]
+        self._guessing = 0.0
+        """Seconds of the guesses for the step under way."""
         self._failures = [0] * len(self.proposers)
         self._source: IntArray = np.zeros(max_num_seqs, np.int32)  # whose guesses a slot's step holds
 
@@ -111,7 +116,7 @@ class Speculator:
         for i in range(len(self.proposers)):
             if self._failures[i] >= MAX_FAILURES:
                 continue
-            bound = self._threshold(i)
+            bound = self._threshold(i, len(slots))
             if bound > HOPELESS:
                 continue
             chance = np.clip(self._right[i, slots] / self._trials[i, slots], 0.01, 0.99)
@@ -123,6 +128,7 @@ class Speculator:
     def propose(self, rows: DraftRows, wanted: IntArray) -> list[Sequence[int]]:
         """Guesses by row, at most ``rows.num_wanted``; ``wanted`` is ``num_wanted``'s."""
         guesses: list[Sequence[int]] = [() for _ in range(len(rows.slots))]
+        self._guessing = 0.0
         for i, proposer in enumerate(self.proposers):
             limits = np.minimum(wanted[i], rows.num_wanted)
             which = [row for row in np.flatnonzero(limits > 0).tolist() if not guesses[row]]
@@ -130,9 +136,11 @@ class Speculator:
                 continue
             start = self._clock()
             found = self._ask(i, proposer, _take(rows, which, limits[which]))
-            count = sum(map(len, found))
-            if count:
-                self._seconds[i].append((self._clock() - start) / count)
+            took = self._clock() - start
+            self._guessing += took
+            longest = max(map(len, found), default=0)
+            if longest:
+                self._seconds[i].append(took / longest)
             for row, guess in zip(which, found, strict=True):
                 slot = rows.slots[row]
                 if len(guess):
@@ -143,6 +151,11 @@ class Speculator:
                     self._next_try[i, slot] = rows.state.num_tokens[slot] + pause
         return guesses
 
+    def observe_step(self, num_tokens: int, num_new: int, seconds: float) -> None:
+        """The step after the last guesses, if there were any, ran ``num_tokens`` tokens and brought ``num_new``."""
+        self.cost.observe(num_tokens, num_new, seconds, self._guessing)
+        self._guessing = 0.0
+
     def observe(self, slots: LongArray, num_draft: IntArray, num_right: IntArray, num_tokens: IntArray) -> None:
         """Of ``num_draft`` guesses the first ``num_right`` were right; the sequences have ``num_tokens`` tokens now."""
         source = self._source[slots]
@@ -150,7 +163,7 @@ class Speculator:
         self._trials[source, slots] = self._trials[source, slots] * MEMORY + np.minimum(num_right + 1, num_draft)
         self._pause[source, slots] = np.where(num_right > 0, FIRST_RETRY, self._pause[source, slots])
         for i, slot, known in zip(source.tolist(), slots.tolist(), num_tokens.tolist(), strict=True):
-            if self._right[i, slot] / self._trials[i, slot] < self._threshold(i):
+            if self._right[i, slot] / self._trials[i, slot] < self._threshold(i, len(slots)):
                 self._next_try[i, slot] = known + self._pause[i, slot]
                 self._pause[i, slot] = min(2 * int(self._pause[i, slot]), LAST_RETRY)
 
@@ -169,9 +182,9 @@ class Speculator:
         for proposer in self.proposers:
             proposer.close()
 
-    def _threshold(self, i: int) -> float:
-        """How likely a guess of a proposer must be."""
-        return self.cost.threshold(min(self._seconds[i], default=0.0))
+    def _threshold(self, i: int, num_rows: int) -> float:
+        """How likely a guess of a proposer must be, of which each of ``num_rows`` sequences gets one at the same time."""
+        return self.cost.threshold(min(self._seconds[i], default=0.0) / num_rows)
 
     def _ask(self, i: int, proposer: Proposer, rows: DraftRows) -> list[Sequence[int]]:
         try:
