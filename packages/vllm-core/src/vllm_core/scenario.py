@@ -126,7 +126,7 @@ def _engine(seed: int, r: Random) -> Scenario:
     """The engine and its model. Half of the pools hold just the longest request, or a little more."""
     block_size, overlap = r.choice([2, 3, 4, 8]), r.random() < 0.5
     max_model_len = r.randint(6, 40)
-    least = -(-max_model_len // block_size)
+    least = -(-(max_model_len - 1) // block_size)  # the last token is not run
     max_num_seqs = r.randint(1, 6)
     guesses = tuple(r.choice(GUESSES) for _ in range(r.randint(1, 2))) if r.random() < 0.5 else ()
     has_draft = r.random() < (0.3 if guesses else 0.1)

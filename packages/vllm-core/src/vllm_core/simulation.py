@@ -71,16 +71,23 @@ class KnowingProposer:
     def close(self) -> None:
         pass
 
+    def truth(self, rows: DraftRows, slot: int, num: int) -> list[int]:
+        """What the backend will say next for a slot."""
+        return self._follow(rows, slot, num, num)
+
     def _guess(self, rows: DraftRows, slot: int, most: int) -> list[int]:
-        state, random = rows.state, self.random
-        num_right = {"wrong": 0, "partly": random.randint(0, most)}.get(self.kind, most)
-        most = random.randint(0, most) if self.kind == "short" else most
+        num_right = {"wrong": 0, "partly": self.random.randint(0, most)}.get(self.kind, most)
+        return self._follow(rows, slot, self.random.randint(0, most) if self.kind == "short" else most, num_right)
+
+    def _follow(self, rows: DraftRows, slot: int, num: int, num_right: int) -> list[int]:
+        """``num`` guesses, the first ``num_right`` of them right."""
+        state = rows.state
         known = state.token_ids[slot, : state.num_tokens[slot]].tolist()
         generated, tag = known[state.num_prompt_tokens[slot] :], tag_of(known)
         choice, guess = Choice.of_slot(state, slot, self.vocab_size), list[int]()
-        for place in range(most):
-            truth = choice.next_token(tag, generated)
-            guess.append(truth if place < num_right else (truth + 1) % self.vocab_size)
+        for place in range(num):
+            right = choice.next_token(tag, generated)
+            guess.append(right if place < num_right else (right + 1) % self.vocab_size)
             generated.append(guess[-1])
             tag = mix(tag, guess[-1])
         return guess
