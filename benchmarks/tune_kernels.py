@@ -5,10 +5,13 @@
 Kernels are compiled by several processes first, then timed by one: microseconds in a graph, a line for each shape, best first.
 """
 
+# ruff: noqa: B023  every closure is called before its loop goes on
+
 import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +109,7 @@ def thin(timed: bool) -> Iterator[Measured]:
 
             yield key, str((block_n, block_k, warps)), run
         if timed:
-            yield key, "cublas", lambda: micros([lambda w=w: F.linear(x, w) for w in weights])  # type: ignore[misc]  # noqa: B023
+            yield key, "cublas", lambda: micros([lambda w=w: F.linear(x, w) for w in weights])  # type: ignore[misc]
 
 
 def main() -> None:
@@ -117,10 +120,8 @@ def main() -> None:
         for name in chosen:
             for index, (_, _, run) in enumerate(parts[name](False)):
                 if index % PROCESSES == mine:
-                    try:
+                    with suppress(Exception):  # what does not fit the card is no candidate
                         run()
-                    except Exception:
-                        pass
         return
     chosen = sys.argv[1:]
     workers = [subprocess.Popen([sys.executable, __file__, "--compile", str(index), *chosen]) for index in range(PROCESSES)]
