@@ -133,7 +133,7 @@ class LLM:
         """Answer one conversation or many; ``options`` are those of :meth:`ChatTemplate.render`.
 
         Raises:
-            InvalidRequestError: A message or parameter is wrong; nothing was run.
+            InvalidRequestError: A message or parameter is wrong; nothing is returned.
         """
         if self.tokenizer is None:
             raise InvalidRequestError("chat needs a tokenizer: do not set skip_tokenizer_init.", "messages")
