@@ -84,3 +84,34 @@ def test_the_books_balance(num_blocks: int, actions: list[tuple[str, int]]) -> N
             pool.reset_cache()
         pool.check_integrity(tables)
         assert pool.num_free == num_blocks - len({block for table in tables for block in table})
+
+
+def test_a_free_block_gets_no_key() -> None:
+    pool = BlockPool(2)
+    with pytest.raises(AssertionError):
+        pool.register(BlockId(1), b"key")
+
+
+def test_a_block_keeps_its_first_key_and_a_held_one_is_not_lost_by_a_reset() -> None:
+    pool = BlockPool(3)
+    (block,) = take(pool, 1)
+    pool.register(block, b"one")
+    pool.register(block, b"two")
+    assert (pool.key_of(block), pool.lookup(b"two"), pool.num_cached) == (b"one", None, 1)
+    pool.reset_cache()
+    assert (pool.key_of(block), pool.num_cached, pool.num_holders(block)) == (None, 0, 1)
+    pool.register(block, b"two")
+    assert pool.lookup(b"two") == block
+    assert pool.usage == pytest.approx(1 / 3)
+    assert not pool.is_free(block)
+
+
+def test_a_hit_on_a_free_block_leaves_the_order_of_the_others() -> None:
+    pool = BlockPool(4)
+    blocks = take(pool, 4)
+    pool.register(blocks[1], b"key")
+    pool.release(blocks)
+    pool.hold(blocks[1])
+    assert pool.num_free == 3
+    assert take(pool, 3) == [blocks[0], blocks[2], blocks[3]]
+    assert pool.allocate() is None

@@ -9,7 +9,7 @@ from vllm_core import Engine, EngineConfig, SamplingParams
 from vllm_core.proposer import DraftRows
 from vllm_core.scheduler import STEPS_TO_ONE_MORE
 from vllm_core.simulation import KnowingProposer
-from vllm_traits import Batch
+from vllm_traits import LAST_SAMPLED, Batch, StructuredOutputsParams
 from vllm_traits.errors import BackendError, BackendOutOfMemoryError
 from vllm_traits.fake_backend import FakeBackend, expected_tokens
 
@@ -224,3 +224,53 @@ def test_work_is_there_while_somebody_waits_or_runs() -> None:
     assert engine.scheduler.has_work()
     run(engine)
     assert not engine.scheduler.has_work()
+
+
+def test_steps_overlap_in_steady_decode() -> None:
+    late: list[int] = []
+    engine = engine_of(
+        FakeBackend(supports_overlap=True, on_submit=lambda batch: late.append(int((batch.token_ids == LAST_SAMPLED).sum())))
+    )
+    for i in range(3):
+        engine.add_request(str(i), [i, i], greedy(10))
+    run(engine)
+    assert late == [0] + [3] * 9  # every step but the first goes out before the tokens of the one before are read
+
+
+def test_a_row_under_a_grammar_waits_for_its_token_alone() -> None:
+    late: list[tuple[int, int]] = []
+
+    def note(batch: Batch) -> None:
+        late.append((batch.num_rows, int((batch.token_ids == LAST_SAMPLED).sum())))
+
+    engine = engine_of(FakeBackend(supports_overlap=True, supports_structured_outputs=True, on_submit=note))
+    free = engine.add_request("free", [1, 2], greedy(9))
+    held = engine.add_request("held", [1, 2], greedy(4, structured_outputs=StructuredOutputsParams(regex="x")))
+    run(engine)
+    assert late == [(2, 0), (1, 1), (2, 1), (1, 1), (2, 1), (1, 1), (2, 1), (1, 1), (1, 1)]
+    assert free.outputs[0].token_ids == expected_tokens([1, 2], 9, 256)
+    assert held.outputs[0].token_ids == expected_tokens([1, 2], 4, 256, structured=True)
+
+
+@pytest.mark.parametrize("aging", [0, 2])
+def test_an_old_request_of_a_worse_priority_does_not_push_out_a_better_one(aging: int) -> None:
+    """With aging it is first in line by now, and still only waits for the next place."""
+    engine = engine_of(max_num_seqs=1, scheduling_policy="priority", priority_aging=aging)
+    engine.add_request("old", [1], greedy(3), priority=1)
+    for i in range(4):
+        engine.add_request(str(i), [2, i], greedy(3), priority=0)
+    run(engine)
+    assert engine.scheduler.num_preemptions == 0
+
+
+def test_what_waits_long_pushes_out_nobody_when_it_is_first_in_line() -> None:
+    engine = engine_of(max_num_seqs=1, scheduling_policy="priority", priority_aging=2)
+    for i in range(4):
+        engine.add_request(str(i), [2, i], greedy(5), priority=3)
+    engine.step()
+    engine.set_priority("0", 9)  # runs, and is last in order now
+    engine.set_priority("3", 10)
+    engine.set_priority("1", 9)
+    engine.set_priority("2", 9)
+    run(engine)
+    assert engine.scheduler.num_preemptions == 0
