@@ -263,14 +263,19 @@ def test_an_old_request_of_a_worse_priority_does_not_push_out_a_better_one(aging
     assert engine.scheduler.num_preemptions == 0
 
 
-def test_what_waits_long_pushes_out_nobody_when_it_is_first_in_line() -> None:
-    engine = engine_of(max_num_seqs=1, scheduling_policy="priority", priority_aging=2)
-    for i in range(4):
-        engine.add_request(str(i), [2, i], greedy(5), priority=3)
+def test_who_comes_to_be_first_by_age_pushes_out_nobody_of_a_better_priority() -> None:
+    engine = engine_of(max_num_seqs=1, scheduling_policy="priority", priority_aging=4)
+    engine.add_request("old", [1], greedy(2), priority=9)
+    for i in range(5):
+        engine.add_request(str(i), [1], greedy(2))
+        engine.abort(str(i))
+    engine.add_request("young", [2], greedy(5), priority=0)
     engine.step()
-    engine.set_priority("0", 9)  # runs, and is last in order now
-    engine.set_priority("3", 10)
-    engine.set_priority("1", 9)
-    engine.set_priority("2", 9)
+    (running,) = engine.scheduler.running
+    assert running.request.request_id == "young"
+    engine.set_priority("old", 1)
+    head = engine.scheduler._waiting.head()
+    assert head is not None
+    assert head < running
     run(engine)
     assert engine.scheduler.num_preemptions == 0
