@@ -186,6 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(seconds=st.floats(0, 0.05), last=st.booleans())
     def look(self, seconds: float, last: bool) -> None:
         """Time passes, and somebody asks whether a step is over, the later one first or not."""
+        self.simulation.last_token.clear()  # the wait is of the host's making
         under_way = self.simulation.backend._under_way
         self.simulation.device.advance(self.simulation.device.now + seconds)
         under_way[-1 if last else 0].done()
