@@ -352,3 +352,17 @@ def test_late_and_dead() -> None:
     for _ in range(2):
         with pytest.raises(BackendError, match="gone"):
             driver.run([driver.rest(0)])
+
+
+def test_a_draft_may_write_again_what_is_the_same_and_nothing_else() -> None:
+    backend = FakeBackend(is_draft=True)
+    driver = Driver(backend)
+    place(driver, 0, 20, [4, 5])
+    driver.run([driver.rest(0)])
+    place(driver, 1, 20, [4, 6])
+    driver.run([driver.rest(1), driver.rest(0)])
+    assert driver.output(0)[:1] == driver.output(1)
+    place(driver, 1, 20, [4, 6])
+    driver.state.token_ids[1, 3] = 77
+    with pytest.raises(BackendError, match="holds another prefix at position 3"):
+        driver.run([driver.rest(1), driver.rest(0)])

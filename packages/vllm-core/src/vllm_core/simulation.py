@@ -108,7 +108,7 @@ class Simulation:
         self.backend = FakeBackend(
             **scenario.backend, device=self.device, fault=self._fault, on_submit=self._note, may_read=self._may_read
         )
-        self.draft = FakeBackend(**scenario.backend, fault=self._draft_fault) if scenario.has_draft else None
+        self.draft = FakeBackend(**scenario.backend, fault=self._draft_fault, is_draft=True) if scenario.has_draft else None
         vocab_size = self.backend.vocab_size
         self.engine = Engine(
             self.backend,

@@ -68,6 +68,8 @@ class FakeBackend:
         device: The clock on which steps take time; None: they take none.
         may_read: Called with ``(reader, writer, step)`` when a sequence reads what another wrote in that step; False makes it a
             violation. For what a backend cannot know: cache salts, resets.
+        is_draft: It drafts for another. What the target found in its cache is not always in a draft's, so a row may write again
+            what others have in their tables; it must still be the same.
         keep_kv: False: no cache and no checks, a step is a few array operations and its tokens are :func:`fast_tokens`, so that
             what is measured around it is the engine.
 
@@ -91,6 +93,7 @@ class FakeBackend:
     fault: Callable[[Batch], Fault | None] | None = None
     device: VirtualDevice | None = None
     may_read: Callable[[int, int, int], bool] | None = None
+    is_draft: bool = False
     violations: list[str] = field(default_factory=list, init=False)
     num_steps: int = field(default=0, init=False)
     closed: bool = field(default=False, init=False)
@@ -116,7 +119,9 @@ class FakeBackend:
         self._unread: list[_Handle] = []
         if self.keep_kv:
             self._cache = FakeKvCache(num_blocks, state.block_size, self.may_read)
-            self._rules = BatchRules(self.spec, num_blocks=num_blocks, max_num_batched_tokens=max_num_batched_tokens)
+            self._rules = BatchRules(
+                self.spec, num_blocks=num_blocks, max_num_batched_tokens=max_num_batched_tokens, is_draft=self.is_draft
+            )
             self._choices: dict[int, Choice] = {}
             self._last_sampled: dict[int, tuple[int, int, int]] = {}  # slot: sequence, position, token
 

@@ -44,9 +44,11 @@ class BatchRules:
     Args:
         spec: Of the model.
         num_blocks, max_num_batched_tokens: What the backend was initialized with.
+        is_draft: A row may write again what others have in their tables, if it is the same.
     """
 
-    def __init__(self, spec: ModelSpec, *, num_blocks: int, max_num_batched_tokens: int) -> None:
+    def __init__(self, spec: ModelSpec, *, num_blocks: int, max_num_batched_tokens: int, is_draft: bool = False) -> None:
+        self.is_draft = is_draft
         self.spec = spec
         self.num_blocks = num_blocks
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -148,7 +150,7 @@ class BatchRules:
         written = state.block_tables[slot, first // state.block_size : last // state.block_size + 1].tolist()
         for block in written:
             others = [other for other in named.blocks.get(block, {}) if other != seq]
-            if others:
+            if others and not self.is_draft:
                 found.append(f"writes block {block}, which sequences {others} of this step name")
         for step in under_way:
             if step.slots.get(slot, seq) != seq:
