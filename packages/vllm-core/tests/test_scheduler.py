@@ -111,16 +111,24 @@ class Recording(KnowingProposer):
         return self.truth(rows, slot, most)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("block_size", [2, 3, 4])
-def test_guesses_get_the_blocks_that_they_need(block_size: int) -> None:
+def test_guesses_get_the_blocks_that_they_need(block_size: int, overlap: bool) -> None:
     proposer = Recording()
-    engine = engine_of(FakeBackend(max_draft_tokens=4), [proposer], max_draft_tokens=4, block_size=block_size, num_blocks=100)
+    engine = engine_of(
+        FakeBackend(max_draft_tokens=4, supports_overlap=overlap),
+        [proposer],
+        max_draft_tokens=4,
+        block_size=block_size,
+        num_blocks=100,
+    )
     output = engine.add_request("a", [1, 2, 3], greedy(30))
     run(engine)
     limit = 33
     assert proposer.wanted
     assert all(wanted == min(4, limit - known - 1) for known, wanted in proposer.wanted), proposer.wanted
     assert output.outputs[0].token_ids == expected_tokens([1, 2, 3], 30, 256)
+    assert len(proposer.wanted) == 6  # five tokens a step, after the first
     assert output.metrics.num_draft_tokens == output.metrics.num_accepted_tokens == sum(wanted for _, wanted in proposer.wanted)
 
 
@@ -279,3 +287,26 @@ def test_who_comes_to_be_first_by_age_pushes_out_nobody_of_a_better_priority() -
     assert head < running
     run(engine)
     assert engine.scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize("gone", ["0", "1", "2"])
+def test_a_failed_step_is_undone_for_all_who_are_still_there(gone: str) -> None:
+    fails = {3, 4}
+    engine = engine_of(
+        FakeBackend(fail_result=lambda batch: BackendError("x") if batch.step_id in fails else None, supports_overlap=True)
+    )
+    outputs = {str(i): engine.add_request(str(i), [i, 9], greedy(8)) for i in range(3)}
+    for _ in range(3):
+        engine.step()
+    engine.abort(gone)
+    run(engine)
+    for name, output in outputs.items():
+        if name != gone:
+            assert output.outputs[0].token_ids == expected_tokens([int(name), 9], 8, 256)
+
+
+def test_a_stop_token_counts_from_min_tokens_on() -> None:
+    engine = engine_of(FakeBackend(vocab_size=1))
+    output = engine.add_request("a", [0], greedy(8, min_tokens=3, stop_token_ids=[0]))
+    run(engine)
+    assert (output.outputs[0].token_ids, output.outputs[0].finish_reason) == ([0, 0, 0], "stop")
