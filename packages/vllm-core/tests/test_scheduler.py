@@ -34,6 +34,8 @@ def run(engine: Engine, after_each: Callable[[], None] = lambda: None) -> int:
     while engine.has_unfinished_requests():
         engine.step()
         engine.check_integrity()
+        assert isinstance(engine.target_model, FakeBackend)
+        assert not engine.target_model.violations
         after_each()
         steps += 1
         assert steps < 2000
