@@ -106,6 +106,7 @@ def run(world: World) -> None:
                 world.aborted.add(name)
         world.engine.step()
         world.engine.check_integrity()
+        assert not world.backend.violations
         steps += 1
         assert steps < 5000, "no progress"
     world.check()
