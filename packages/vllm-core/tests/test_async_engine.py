@@ -123,6 +123,29 @@ def test_a_priority_can_be_changed_and_a_wrong_one_harms_nobody() -> None:
     with_engine(test)
 
 
+def test_a_call_that_makes_no_sense_harms_nobody() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        stream = engine.generate("a", [1], GREEDY)
+        await engine.abort_choice("a", 99)
+        await engine.abort(["a"])  # type: ignore[arg-type]  # cannot be a key
+        assert [output.finished async for output in stream][-1]
+        assert await collect(engine, "c", [2]) == expected_tokens([2], 20, 256)
+
+    with_engine(test)
+
+
+def test_who_comes_when_the_worker_has_ended_is_told() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        engine._check_alive = lambda: None  # type: ignore[method-assign]  # it was alive a moment ago
+        await engine.shutdown()
+        with pytest.raises(EngineDeadError):
+            await collect(engine, "a", [1])
+        with pytest.raises(EngineDeadError):
+            await engine.reset_prefix_cache()
+
+    with_engine(test)
+
+
 def test_shutdown_drains() -> None:
     release = threading.Event()
 

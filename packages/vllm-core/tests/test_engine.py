@@ -6,10 +6,12 @@ import pytest
 
 from vllm_core import Engine, EngineConfig, RequestOutput, SamplingParams
 from vllm_traits import Batch
+from vllm_traits.batch import TokenLogprobs
 from vllm_traits.errors import (
     BackendError,
     BackendOutOfMemoryError,
     ContextLengthError,
+    EngineDeadError,
     InvalidRequestError,
     QueueFullError,
     RequestTooLargeError,
@@ -345,3 +347,116 @@ def test_close_ends_everything() -> None:
     assert backend.closed
     assert output.finished
     assert not engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_failures_that_pass_cost_a_few_steps_not_the_crowd(overlap: bool) -> None:
+    """Each suspect runs alone past the place of the failure, not to its end."""
+
+    def fail(batch: Batch) -> Exception | None:
+        return BackendError("a cosmic ray") if batch.step_id in (10, 12) else None
+
+    engine = engine_of(FakeBackend(supports_overlap=overlap, fail_result=fail), max_num_seqs=16, num_blocks=512)
+    params = SamplingParams(temperature=0, max_tokens=50)
+    outputs = [engine.add_request(str(i), [i] * 6, params) for i in range(16)]
+    assert run(engine) < 50 + 4 * 16
+    for i, output in enumerate(outputs):
+        assert tokens_of(output) == expected_tokens([i] * 6, 50, 256)
+
+
+def test_a_request_that_breaks_the_model_does_not_hold_up_the_others() -> None:
+    def fail(batch: Batch) -> Exception | None:
+        return ValueError("poison") if poison in batch.token_ids else None
+
+    answers = [expected_tokens([i] * 6, 20, 256) for i in range(8)]
+    poison = next(token for token in range(10, 256) if not any(token in answer for answer in answers))
+    engine = engine_of(FakeBackend(fail_result=fail), max_num_seqs=16, num_blocks=512)
+    params = SamplingParams(temperature=0, max_tokens=20)
+    good = [engine.add_request(str(i), [i] * 6, params) for i in range(8)]
+    bad = engine.add_request("bad", [poison, 1], params)
+    assert run(engine) < 20 + 4 * 10
+    assert bad.outputs[0].stop_reason == "backend_error"
+    assert [tokens_of(output) for output in good] == answers
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        {0: [TokenLogprobs([], [], 1)]},
+        {0: [None]},
+        {7: [TokenLogprobs([1], [-1.0], 1)]},
+        {0: [TokenLogprobs([1], [-1.0], 1)] * 3},
+    ],
+)
+@pytest.mark.parametrize("kind", ["logprobs", "prompt_logprobs"])
+def test_log_probabilities_that_make_no_sense_are_a_failure(kind: str, logprobs: Any) -> None:
+    class Broken(FakeBackend):
+        def _run(self, batch: Batch) -> Any:
+            output = super()._run(batch)
+            return type(output)(token_ids=output.token_ids, **{kind: logprobs})
+
+    engine = engine_of(Broken())
+    output = engine.add_request("a", [1], SamplingParams(temperature=0, max_tokens=3, logprobs=1, prompt_logprobs=1))
+    run(engine)
+    assert output.outputs[0].stop_reason == "backend_error"
+    assert output.outputs[0].token_ids == []
+
+
+def test_the_time_between_tokens_is_a_sequences_own() -> None:
+    """Over a preemption too, whatever slot it comes back to."""
+    now = [1000.0]
+
+    def clock() -> float:
+        now[0] += 0.001
+        return now[0]
+
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=64, block_size=4, num_blocks=12, max_model_len=64)
+    engine = Engine(FakeBackend(), config=config, clock=clock)
+    outputs = [engine.add_request(str(i), [i] * 9, SamplingParams(temperature=0, max_tokens=20)) for i in range(4)]
+    run(engine)
+    assert engine.scheduler.num_preemptions > 0
+    metrics = [output.metrics for output in outputs]
+    between = sum((m.finished_time or 0) - (m.first_token_time or 0) for m in metrics)
+    assert engine.metrics.inter_token_latency.counts.sum() == 4 * 19
+    assert engine.metrics.inter_token_latency.sum == pytest.approx(between, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "salt", "field"),
+    [
+        ([1.7, 2], {}, None, "prompt"),
+        ([True, False], {}, None, "prompt"),
+        (["1"], {}, None, "prompt"),
+        ([1], {"n": 5}, None, "n"),
+        ([1], {}, 7, "cache_salt"),
+    ],
+)
+def test_what_cannot_be_meant_names_its_field(prompt: Any, settings: dict[str, Any], salt: Any, field: str) -> None:
+    engine = engine_of(max_num_waiting=4)
+    with pytest.raises(InvalidRequestError) as caught:
+        engine.add_request("a", prompt, SamplingParams(**settings), cache_salt=salt)
+    assert caught.value.param == field
+    assert not engine.has_unfinished_requests()
+
+
+def test_a_choice_that_is_not_there_and_an_engine_that_is_closed() -> None:
+    engine = engine_of()
+    engine.add_request("a", [1], GREEDY)
+    assert not engine.abort_choice("a", 1)
+    assert not engine.abort_choice("a", -1)
+    engine.close()
+    with pytest.raises(EngineDeadError):
+        engine.add_request("b", [1], GREEDY)
+
+
+def test_many_that_wait_for_one_prefix_are_woken_once() -> None:
+    engine = engine_of(num_blocks=512, max_model_len=512, max_num_seqs=64, long_prefill_token_threshold=8)
+    woken = []
+    queue = engine.scheduler._waiting
+    wake = queue.wake
+    queue.wake = lambda key: (woken.append(len(queue._parked.get(key, ()))), wake(key))[1]  # type: ignore[func-returns-value,method-assign,assignment]
+    prompt = [i % 256 for i in range(400)]
+    outputs = [engine.add_request(str(i), [*prompt, i], SamplingParams(temperature=0, max_tokens=1)) for i in range(40)]
+    run(engine)
+    assert sum(woken) == 39
+    assert all(output.num_cached_tokens == 400 for output in outputs[1:])

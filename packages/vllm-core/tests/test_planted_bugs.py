@@ -227,7 +227,7 @@ PLANTS: dict[Callable[[Patch], None], str] = {
     salt_left_out: "which it may not",
     lost_reference: "references and .* holders|more often than held",
     rejected_guesses_stay_computed: "the last known token cannot have run|computed passes",
-    stale_epoch_accepted: "register, line|speaks after|lost or taken twice|nobody was told",
+    stale_epoch_accepted: "register, line|speaks after|lost or taken twice|nobody was told|, not \\[",
     last_sampled_of_another_slot: "sampled last for|has the slot of|was not said|under way",
     write_to_a_shared_block: "which sequence|is shared and still written|before it is computed",
     token_dropped_at_preemption: "lost tokens|not \\[",

@@ -25,6 +25,7 @@ def sequence_of(arrival: int, priority: int = 0, aging: int = 0) -> Sequence:
         limit=10,
         seed=0,
         stop_token_ids=(),
+        own_stops=frozenset(),
         root=root_key(None),
     )
 
@@ -107,6 +108,30 @@ def test_who_adds_and_aborts_for_ever_does_not_fill_the_memory() -> None:
         queue.remove(sequence)
     assert len(queue._heap) < 200
     assert drain(queue) == [0]
+
+
+def test_who_changes_priorities_for_ever_does_not_either() -> None:
+    queue = WaitingQueue()
+    sequence = sequence_of(1)
+    queue.add(sequence)
+    for priority in range(10_000):
+        queue.rekey(sequence, (priority, 1, 0))
+    assert len(queue._heap) < 200
+    assert drain(queue) == [1]
+
+
+def test_those_that_wake_do_not_swell_what_is_compared() -> None:
+    queue = WaitingQueue(lambda sequence: 0)
+    for arrival in range(1, 1000):
+        queue.add(sequence_of(arrival))
+    for _ in range(500):
+        head = queue.head()
+        assert head is not None
+        queue.park(head, b"key")
+    queue.wake(b"key")
+    assert len(queue._front) <= LPM_WINDOW
+    queue.check_integrity(lambda key: True)
+    assert sorted(drain(queue)) == list(range(1, 1000))
 
 
 @pytest.mark.parametrize("lpm", [False, True])

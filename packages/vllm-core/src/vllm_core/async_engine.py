@@ -37,6 +37,8 @@ class AsyncEngine:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        self._lock = threading.Lock()
+        self._closed = False  # the inbox, under the lock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -97,6 +99,7 @@ class AsyncEngine:
             self._streams[request_id] = stream
 
         self._post(add)
+        self._check_posted()
         finished = False
         try:
             while not finished:
@@ -156,8 +159,16 @@ class AsyncEngine:
         if self._thread is None or self._stopping or not self._thread.is_alive():
             raise EngineDeadError("The engine is not running.")
 
+    def _check_posted(self) -> None:
+        """After a post: if the inbox was closed by then, nobody would answer."""
+        if self._closed:
+            raise EngineDeadError("The engine is not running.")
+
     def _post(self, action: Callable[[], None]) -> None:
-        self._inbox.append(action)
+        """Have the worker run this; what comes after its end is not run."""
+        with self._lock:
+            if not self._closed:
+                self._inbox.append(action)
         self._wake.set()
 
     async def _call(self, function: Callable[[], bool]) -> bool:
@@ -182,6 +193,7 @@ class AsyncEngine:
             loop.call_soon_threadsafe(resolve)
 
         self._post(run)
+        self._check_posted()
         return bool(await done)
 
     # --- in the worker ---
@@ -191,7 +203,7 @@ class AsyncEngine:
             while not self._stopping:
                 self._wake.clear()
                 while self._inbox:
-                    self._inbox.popleft()()
+                    self._act(self._inbox.popleft())
                 if not self.engine.has_unfinished_requests():
                     if not self._stopping and not self._inbox:
                         self._wake.wait()
@@ -203,6 +215,12 @@ class AsyncEngine:
             logger.exception("The engine stopped")
             self._failure = error
         self._end()
+
+    def _act(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:  # who asked for it has made a mistake; nobody else shall pay
+            logger.exception("A call into the engine failed")
 
     def _abort(self, request_id: str, stream: _Stream | None) -> None:
         """Abort a request if ``stream`` is the one that added it (None: whichever did)."""
@@ -235,9 +253,10 @@ class AsyncEngine:
         except Exception:
             logger.exception("Closing the engine failed")
         self._stopping = True
+        with self._lock:
+            self._closed = True
         while self._inbox:  # added too late to be served
-            action = self._inbox.popleft()
-            action()
+            self._act(self._inbox.popleft())
         reason = "stopped" if self._failure is None else f"stopped: {self._failure}"
         left = list(self._streams.values())
         self._streams.clear()

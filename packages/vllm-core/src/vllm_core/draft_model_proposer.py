@@ -52,6 +52,9 @@ class DraftModelProposer:
         self._state.params = [None] * state.max_num_seqs
         self._state.num_tokens = state.num_tokens.copy()
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._changes: dict[str, None] = {"logprobs": None, "prompt_logprobs": None}
+        if not model.spec.supports_structured_outputs:
+            self._changes["structured_outputs"] = None  # then it guesses freely
         self._drafted: dict[int, _Drafted] = {}
         self._holds: dict[BlockId, bytes] = {}  # prefix keys of blocks that are full and right in the draft's cache
         self._num_steps = 0
@@ -61,8 +64,8 @@ class DraftModelProposer:
         try:
             return self._propose(rows)
         except Exception:
-            for slot in rows.slots.tolist():  # nothing that the step wrote may be relied on
-                self._drafted.pop(slot, None)
+            # Nothing that the step wrote may be relied on, and others count on its blocks.
+            self._drafted.clear()
             self._holds.clear()
             raise
 
@@ -79,7 +82,7 @@ class DraftModelProposer:
         for slot in changed:
             params = rows.state.params[slot]
             assert params is not None
-            state.params[slot] = msgspec.structs.replace(params, logprobs=None, prompt_logprobs=None)
+            state.params[slot] = msgspec.structs.replace(params, **self._changes)
         known = state.num_tokens[slots] = rows.state.num_tokens[slots]
         drafted = [self._roll_back(rows, row) for row in range(len(slots))]
         computed = np.array([each.computed for each in drafted], np.int32)

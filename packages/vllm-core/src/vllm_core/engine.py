@@ -28,6 +28,7 @@ from vllm_traits.errors import (
     BackendOutOfMemoryError,
     ConfigError,
     ContextLengthError,
+    EngineDeadError,
     InvalidRequestError,
     KvCacheTooSmallError,
     QueueFullError,
@@ -101,12 +102,12 @@ class Engine:
             info={"block_size": str(config.block_size), "num_gpu_blocks": str(self.num_blocks)},
             registry=registry,
         )
+        self._closed = False
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[_InFlight] = deque()
         self._depth = 2 if spec.supports_overlap else 1
         self._num_requests = 0
         self._num_sequences = 0
-        self._last_token_time = np.zeros(config.max_num_seqs, np.float64)
         self._last_commit_time = 0.0
         self._troubled: set[Seq] = set()
         self._report: list[RequestOutput] = []
@@ -164,7 +165,9 @@ class Engine:
                 limit=limit,
                 seed=seed if completion.index == 0 else _derive_seed(seed, completion.index),
                 stop_token_ids=(*stops, *(params.stop_token_ids or ())),
+                own_stops=frozenset(params.stop_token_ids or ()),
                 root=root_key(cache_salt),
+                keys=list(request.sequences[0].keys) if request.sequences else [],  # the prompt is the same
             )
             request.sequences.append(sequence)
             self.scheduler.add(sequence)
@@ -183,7 +186,9 @@ class Engine:
     def abort_choice(self, request_id: str, index: int, *, stop_reason: str | None = None) -> bool:
         """End one choice. With ``stop_reason``, the stop string that was met, it counts as stopped, else as aborted."""
         request = self._requests.get(request_id)
-        if request is None or request.sequences[index].status is Status.FINISHED:
+        if request is None or not 0 <= index < len(request.sequences):
+            return False
+        if request.sequences[index].status is Status.FINISHED:
             return False
         self._end(request.sequences[index], "abort" if stop_reason is None else "stop", stop_reason)
         return True
@@ -221,7 +226,7 @@ class Engine:
         return tokens of the step before, or nothing yet. Guesses need the tokens before them: then steps do not overlap.
 
         Returns:
-            The requests that have a token more or have ended.
+            The requests that have a token more or have ended by it; not those that were aborted meanwhile.
         """
         guessing = self.scheduler.wants_guesses()
         if guessing:
@@ -235,7 +240,8 @@ class Engine:
         return outputs
 
     def close(self) -> None:
-        """Abort everything and close the model; idempotent."""
+        """Abort everything and close the model; idempotent. Nothing can be added after it."""
+        self._closed = True
         for request_id in list(self._requests):
             self.abort(request_id)
         self._drain()
@@ -297,8 +303,8 @@ class Engine:
             self._in_flight.clear()
             self._recover([step, *later], error)
             return
-        committed = self.scheduler.commit(step, output)
         now = self._clock()
+        committed = self.scheduler.commit(step, output, now)
         self._record(step, committed, now)
         if self.scheduler.speculator is not None:
             batch = step.batch
@@ -310,6 +316,7 @@ class Engine:
             for sequence in [each for each in self._troubled if self.scheduler.got_past_failure(each)]:
                 sequence.num_failures = sequence.failed_at = 0
                 self._troubled.discard(sequence)
+                self.scheduler.suspects.discard(sequence)
 
     def _drain(self) -> None:
         while self._in_flight:
@@ -318,8 +325,8 @@ class Engine:
     def _recover(self, steps: list[ScheduledStep], error: Exception) -> None:
         """After a failed step: undo it, and decide who runs again and how.
 
-        Out of memory, the later half gives way. Otherwise all run once more; after a second failure each runs alone, so that a
-        request which breaks the model cannot take others with it, and one that fails alone is given up.
+        Out of memory, the later half gives way. Otherwise all run once more; after a second failure each runs alone past
+        the place, so that a request which breaks the model cannot take others with it, and one that fails alone is given up.
         """
         failed = [sequence for sequence in self.scheduler.rewind(steps) if sequence.status is Status.RUNNING]
         logger.warning("A step of %d sequences failed: %s", len(failed), error)
@@ -332,18 +339,17 @@ class Engine:
             if sequence.num_failures > ALONE_AFTER:
                 self._end(sequence, "abort", "backend_error")
             elif sequence.num_failures == ALONE_AFTER:
-                self.scheduler.preempt(sequence)
+                self.scheduler.suspects.add(sequence)
 
     def _record(self, step: ScheduledStep, committed: Committed, now: float) -> None:
         """Times, counts, and who is reported."""
-        metrics, slots, scheduler = self.metrics, committed.slots, self.scheduler
+        metrics, scheduler = self.metrics, self.scheduler
         metrics.iteration_tokens.observe(step.batch.num_tokens)
         metrics.generation_tokens += committed.num_new
         stats = scheduler.prefix_cache.stats
         metrics.prefix_cache_queries, metrics.prefix_cache_hits = stats.num_queried_tokens, stats.num_hit_tokens
         metrics.num_preemptions = scheduler.num_preemptions
-        since = now - self._last_token_time[slots]
-        self._last_token_time[slots] = now
+        since = committed.since_last
         if committed.is_first.any():
             since = since[~committed.is_first]
             for row in np.flatnonzero(committed.is_first).tolist():
@@ -361,7 +367,8 @@ class Engine:
         if times.first_token_time is None:
             times.first_token_time = now
             self.metrics.time_to_first_token.observe(now - times.arrival_time)
-            self.metrics.request_prefill_time.observe(now - (times.first_scheduled_time or now))
+            assert times.first_scheduled_time is not None
+            self.metrics.request_prefill_time.observe(now - times.first_scheduled_time)
 
     def _end(self, sequence: Seq, reason: FinishReason, stop_reason: str | None) -> None:
         if sequence.status is Status.FINISHED:
@@ -377,6 +384,7 @@ class Engine:
         """Count a choice that is over, and its request with the last of them."""
         request, metrics = sequence.request, self.metrics
         self._troubled.discard(sequence)
+        self.scheduler.suspects.discard(sequence)
         reason = sequence.completion.finish_reason
         assert reason is not None
         metrics.request_success[reason] += 1
@@ -432,15 +440,19 @@ class Engine:
     ) -> tuple[IntArray, int]:
         """The prompt as int32 ``[num_prompt_tokens]`` and the length in tokens at which the request ends."""
         spec, block_size = self.target_model.spec, self.config.block_size
+        if self._closed:
+            raise EngineDeadError("The engine is closed.")
         _check_priority(priority)
         if request_id in self._requests:
             raise InvalidRequestError(f"request_id {request_id!r} is taken by a request that has not finished.", "request_id")
         try:
-            prompt = np.array(prompt_token_ids, np.int64)
+            prompt = np.array(prompt_token_ids)
         except (OverflowError, TypeError, ValueError) as error:
             raise InvalidRequestError("prompt must be a list of token ids.", "prompt") from error
         if prompt.ndim != 1 or len(prompt) == 0:
             raise InvalidRequestError("prompt must hold at least one token.", "prompt")
+        if prompt.dtype.kind not in "iu":
+            raise InvalidRequestError("prompt must be a list of token ids.", "prompt")
         if int(prompt.min()) < 0 or int(prompt.max()) >= spec.vocab_size:
             raise InvalidRequestError(f"prompt holds a token id outside 0 to {spec.vocab_size - 1}.", "prompt")
         if len(prompt) >= self.max_model_len:
@@ -459,6 +471,8 @@ class Engine:
                 f"prompt and max_tokens need {limit - 1} tokens of KV cache; this engine has {self.num_blocks * block_size}.",
                 "max_tokens",
             )
+        if params.n > self.config.max_num_waiting:
+            raise InvalidRequestError(f"n is {params.n}; this engine lets {self.config.max_num_waiting} wait at most.", "n")
         if self.scheduler.num_waiting + params.n > self.config.max_num_waiting:
             raise QueueFullError(
                 f"{self.scheduler.num_waiting} sequences wait; max_num_waiting is {self.config.max_num_waiting}."
@@ -516,6 +530,12 @@ def _check_output(step: ScheduledStep, output: BatchOutput, vocab_size: int) -> 
         raise BackendError("the model returned fewer tokens than one, or more than the guesses and one, for some row")
     if int(tokens.max()) >= vocab_size:
         raise BackendError("the model returned a token outside its vocabulary")
+    for reports, allowed_entries in ((output.logprobs, counts), (output.prompt_logprobs, batch.query_lens)):
+        for row, entries in reports.items():
+            if not 0 <= row < batch.num_rows or len(entries) > allowed_entries[row]:
+                raise BackendError(f"the model reported {len(entries)} log-probabilities for row {row}")
+            if any(len(each.logprobs) == 0 or len(each.logprobs) != len(each.token_ids) for each in entries):
+                raise BackendError(f"the model reported log-probabilities for row {row} that are incomplete")
     for row in np.flatnonzero(counts > 1).tolist():
         count, guesses = int(counts[row]), batch.token_ids[batch.query_start[row + 1] - batch.num_draft[row] :]
         if not given[row, :count].all() or (tokens[row, : count - 1] != guesses[: count - 1]).any():

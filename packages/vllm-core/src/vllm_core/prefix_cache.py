@@ -7,17 +7,25 @@ salts never share a block, and no prompt can be made that meets another's key.
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import takewhile
 
 import numpy as np
 
 from vllm_core.block_pool import BlockPool
 from vllm_core.sequence import Sequence
 from vllm_traits.batch import IntArray
+from vllm_traits.errors import InvalidRequestError
 from vllm_traits.ids import BlockId
 
 
 def root_key(cache_salt: str | None) -> bytes:
-    """The key before the first block."""
+    """The key before the first block.
+
+    Raises:
+        InvalidRequestError: The salt is no string.
+    """
+    if cache_salt is not None and not isinstance(cache_salt, str):
+        raise InvalidRequestError(f"cache_salt is {cache_salt!r}; it must be a string.", "cache_salt")
     return sha256(b"" if cache_salt is None else b"salt:" + cache_salt.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -64,15 +72,23 @@ class PrefixCache:
             extend_keys(sequence.keys, sequence.root, sequence.prompt, self.block_size)
 
     def match(self, sequence: Sequence) -> tuple[list[BlockId], bytes | None]:
-        """The cached blocks of its prefix, and the key of the block after them if another sequence is computing that."""
+        """The cached blocks of its prefix, and if another sequence is computing what comes next, the last key of that."""
         hits: list[BlockId] = []
         lookup = self.pool.lookup
-        for key in sequence.keys[: self._most_hits(sequence)]:
+        keys = sequence.keys[: self._most_hits(sequence)]
+        for place, key in enumerate(keys):
             block = lookup(key)
             if block is None:
-                return hits, key if key in self._computing else None
+                return hits, self._awaited(keys[place:])
             hits.append(block)
         return hits, None
+
+    def _awaited(self, keys: list[bytes]) -> bytes | None:
+        """The last of these keys that whoever computes the first is computing: to wait for less would be to wait again."""
+        by = self._computing.get(keys[0])
+        if by is None:
+            return None
+        return list(takewhile(lambda key: self._computing.get(key) is by, keys))[-1]
 
     def count_hits(self, sequence: Sequence) -> int:
         """About how many leading blocks are cached: from what it was the last time, which takes two look-ups if it still is."""
@@ -89,7 +105,7 @@ class PrefixCache:
         if self.enabled:
             for key in sequence.keys[num_hits:]:
                 self._computing.setdefault(key, sequence)
-        if not sequence.was_admitted:
+        if self.enabled and not sequence.was_admitted:
             self.stats.num_queried_tokens += len(sequence.prompt)
             self.stats.num_hit_tokens += num_hits * self.block_size
 

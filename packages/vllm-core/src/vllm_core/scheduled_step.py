@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from vllm_core.outputs import RequestOutput
 from vllm_core.sequence import Sequence
 from vllm_traits.batch import Batch, BoolArray, IntArray, LongArray
@@ -52,15 +55,15 @@ class Committed:
     Attributes:
         sequences: Those that have tokens more; the ended ones are taken out already.
         outputs: Of their requests, each once.
-        slots: int64 ``[len(sequences)]``, where they ran.
         num_new: Tokens, over all of them.
         is_first: bool ``[len(sequences)]``: its first token is among them.
+        since_last: float64 ``[len(sequences)]``, seconds since its tokens before, where it has some.
         ended: Those that ended.
     """
 
     sequences: list[Sequence]
     outputs: list[RequestOutput]
-    slots: LongArray
     num_new: int
     is_first: BoolArray
+    since_last: npt.NDArray[np.float64]
     ended: list[Sequence]

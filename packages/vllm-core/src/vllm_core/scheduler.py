@@ -6,6 +6,7 @@ them; what is left of the budget goes to prompts in order, then to sequences tha
 """
 
 from bisect import insort
+from collections import Counter
 from typing import cast
 
 import numpy as np
@@ -24,7 +25,7 @@ from vllm_traits.batch import LAST_SAMPLED, Batch, BatchOutput, BatchState, Bool
 from vllm_traits.ids import BlockId, StepId
 
 ALONE_AFTER = 2
-"""Failed steps after which a sequence runs alone, to find out whether it is the cause."""
+"""Failed steps after which a sequence runs alone past the place of the failure, to find out whether it is the cause."""
 STEPS_TO_ONE_MORE = 64
 """Steps that must succeed after the device was out of memory before one more sequence may run."""
 
@@ -49,6 +50,8 @@ class Scheduler:
         self.num_accepted_per_pos: LongArray = np.zeros(config.max_draft_tokens, np.int64)
         self.num_drafts = self.num_draft_tokens = 0
         self.last_admitted: list[Sequence] = []
+        self.suspects: set[Sequence] = set()
+        """Sequences whose steps failed again: each runs alone until it has got past the failure."""
         self.prefix_cache = PrefixCache(
             self.pool, config.block_size, enabled=config.enable_prefix_caching, wake=lambda key: self._waiting.wake(key)
         )
@@ -122,6 +125,10 @@ class Scheduler:
     def schedule(self) -> ScheduledStep | None:
         """The next step, None if nothing can run now."""
         self.last_admitted = []
+        if self.suspects:
+            slots, lens, others_may_run = self._plan_suspect()
+            if not others_may_run:
+                return self._build(slots, lens, self._no_guesses[: len(slots)]) if len(slots) else None
         if self.config.scheduling_policy == "priority":
             self._make_room()
         preemptions = self.num_preemptions
@@ -136,8 +143,8 @@ class Scheduler:
         num_draft = self._no_guesses[: len(slots)] if self.speculator is None else self._guess(self.speculator, slots, lens)
         return self._build(slots, lens, num_draft)
 
-    def commit(self, step: ScheduledStep, output: BatchOutput) -> Committed:
-        """Take in what a step gave. Steps are committed in the order in which they were scheduled."""
+    def commit(self, step: ScheduledStep, output: BatchOutput, now: float = 0.0) -> Committed:
+        """Take in what a step gave, at ``now``. Steps are committed in the order in which they were scheduled."""
         batch, state, table = step.batch, self.state, self._table
         table.complete(batch.step_id)
         self._allow_one_more()
@@ -156,6 +163,8 @@ class Scheduler:
         tokens = output.token_ids[:, 0] if steady else output.token_ids[rows, 0]
         lengths = state.num_tokens[at]
         is_first = lengths == state.num_prompt_tokens[at]
+        since_last = now - table.last_token_time[at]
+        table.last_token_time[at] = now
         state.token_ids[at, lengths] = tokens
         state.num_tokens[at] = lengths + 1
         table.pending[at] -= 1
@@ -172,7 +181,7 @@ class Scheduler:
         if self.prefix_cache.enabled:
             self._register(slots, ends if not step.has_guesses else table.committed[slots])
         outputs = steady.outputs if steady else _outputs(sequences)
-        return Committed(sequences, outputs, at, num_new, is_first, self._end_some(sequences, at, tokens))
+        return Committed(sequences, outputs, num_new, is_first, since_last, self._end_some(sequences, at, tokens))
 
     def rewind(self, steps: list[ScheduledStep]) -> list[Sequence]:
         """Undo steps that failed: what they were to compute will run again. They must be all that is under way.
@@ -230,13 +239,26 @@ class Scheduler:
             )
         return self._running
 
-    def _plan_running(self) -> tuple[LongArray, IntArray]:
-        """Slots and how many tokens each runs, with blocks for them."""
+    def _plan_suspect(self) -> tuple[LongArray, IntArray, bool]:
+        """A step for the first suspect alone, and whether it is the others' turn: no suspect runs or can be let in now."""
+        running = [sequence for sequence in self.suspects if sequence.status is Status.RUNNING]
+        if running:
+            return *self._plan_running(alone=min(running)), False
+        if self._waiting.head() in self.suspects:
+            slots, lens = self._admit(self.config.max_num_batched_tokens, most=1)
+            if slots:
+                return np.array(slots, np.int64), np.array(lens, np.int32), False
+        return np.zeros(0, np.int64), np.zeros(0, np.int32), True
+
+    def _plan_running(self, alone: Sequence | None = None) -> tuple[LongArray, IntArray]:
+        """Slots and how many tokens each runs, with blocks for them; ``alone``: of this one only."""
         table, slots = self._table, self._running_now().slots
         pending, computed = table.pending[slots], table.computed[slots]
         known = self.state.num_tokens[slots] + pending
         lens = known - computed
         lens[(known >= table.limits[slots]) | (table.waits[slots] & (pending > 0))] = 0  # its token is on the way
+        if alone is not None:
+            lens[slots != alone.slot] = 0
         if (lens > 1).any():
             self._share_budget(lens)
         missing = -(-(computed + lens) // self.config.block_size) - self.state.num_blocks[slots]
@@ -319,23 +341,34 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """A waiting sequence of a better priority takes the place of the last that runs."""
-        while self.running and not self._table.fenced:
-            head, last = self._waiting.head(), self.running[-1]
-            if head is None or head > last or head.request.priority >= last.request.priority:
-                return
-            if self._table.free and self._fits(head, self.prefix_cache.match(head)[0]):
-                return
-            self.preempt(last)
+        head = self._waiting.head()
+        if head is None or not self.running or self._table.fenced or self._most_running <= 1:
+            return
+        worse = [s for s in self.running if head < s and head.request.priority < s.request.priority]
+        if not worse:
+            return
+        hits, awaited = self.prefix_cache.match(head)
+        held = Counter(block for sequence in worse for block in sequence.blocks)
+        given = sum(self.pool.num_holders(block) == count for block, count in held.items())
+        if awaited is not None or self._num_missing(head, hits) > self.pool.num_free + given:
+            return  # what they have would not be enough
+        full = len(self.running) >= self._most_running
+        while worse and (full or not (self._table.free and self._fits(head, hits))):
+            self.preempt(worse.pop())
+            full = False
 
-    def _admit(self, budget: int) -> tuple[list[int], list[int]]:
-        """Take waiting sequences in, in order, while there is budget, a slot, and room for all their known tokens."""
+    def _admit(self, budget: int, most: int | None = None) -> tuple[list[int], list[int]]:
+        """Take waiting sequences in, in order, while there is budget, a slot, and room for all their known tokens.
+
+        Args:
+            budget: Tokens.
+            most: Sequences; None: any number, but no suspect, which is let in alone.
+        """
         slots: list[int] = []
         lens: list[int] = []
-        while budget > 0 and self._table.free and len(self.running) < self._most_running:
+        while budget > 0 and self._table.free and len(self.running) < self._most_running and len(slots) != most:
             sequence = self._waiting.head()
-            if sequence is None:
-                break
-            if self.running and (sequence.num_failures >= ALONE_AFTER or self.running[0].num_failures >= ALONE_AFTER):
+            if sequence is None or (most is None and sequence in self.suspects):
                 break
             if self._blocked is not None and self._blocked[0] is sequence and self.pool.num_free <= self._blocked[1]:
                 break
@@ -418,7 +451,7 @@ class Scheduler:
             num_computed=computed,
             sample=sample,
             num_draft=num_draft,
-            changed_slots=np.array(table.changed, np.int32),
+            changed_slots=np.array([s for s in dict.fromkeys(table.changed) if table.sequences[s] is not None], np.int32),
         )
         table.changed = []
         table.computed[slots] = ends
@@ -510,7 +543,7 @@ class Scheduler:
         if len(sequence.completion.token_ids) >= params.min_tokens:
             if token in self._eos_set and not params.ignore_eos:
                 return "stop", None
-            if params.stop_token_ids and token in params.stop_token_ids:
+            if token in sequence.own_stops:
                 return "stop", token
         return ("length", None) if sequence.num_tokens >= sequence.limit else None
 

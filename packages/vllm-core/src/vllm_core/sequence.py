@@ -57,6 +57,7 @@ class Sequence:
         limit: Length in tokens at which it ends.
         seed: Of its noise.
         stop_token_ids: Tokens that end it, the model's end-of-sequence tokens included unless ignored.
+        own_stops: Those of them that the request named.
         root: Prefix key before its first block.
         keys: Prefix keys of its known full blocks.
         blocks: Its block table.
@@ -76,7 +77,10 @@ class Sequence:
     limit: int
     seed: int
     stop_token_ids: tuple[int, ...]
+    own_stops: frozenset[int]
     root: bytes
+    last_token_time: float = 0.0
+    """On the engine's clock; while it runs, the slot's."""
     keys: list[bytes] = field(default_factory=list)
     blocks: list[BlockId] = field(default_factory=list)
     num_registered: int = 0

@@ -132,6 +132,7 @@ class Simulation:
         self.last_token: dict[tuple[str, int], tuple[float, int]] = {}  # when, and preemptions before it
         self.next_fault: Fault | None = None  # befalls the next step
         self.last_fault = -1.0
+        self.last_alone = -1.0  # when a suspect ran alone
         self.idle_steps = 0
         self.num_run = self.num_drafted = 0
 
@@ -236,6 +237,8 @@ class Simulation:
         """Run a step and hold it against the laws."""
         self.preemptions = {name: output.metrics.num_preemptions for name, output in self.outputs.items()}
         known = dict(self.engine.scheduler.pool._by_key)
+        if self.engine.scheduler.suspects:
+            self.last_alone = self.device.now
         reported = {output.request_id for output in self.engine.step()}
         for backend in (self.backend, self.draft):
             assert backend is None or not backend.violations, backend.violations
@@ -272,7 +275,7 @@ class Simulation:
         """A running stream waits for a step of the budget at most; for two where steps overlap, or blocks are short."""
         now, (before, num_preemptions) = self.device.now, self.last_token.get(key, (self.device.now, 0))
         self.last_token[key] = now, self.preemptions[key[0]]
-        if self.outputs[key[0]].metrics.num_preemptions != num_preemptions or self.last_fault >= before:
+        if self.outputs[key[0]].metrics.num_preemptions != num_preemptions or max(self.last_fault, self.last_alone) >= before:
             return
         longest = self.device.base + self.device.per_token * self.scenario.config.max_num_batched_tokens
         steps = 3 if self.backend.supports_overlap else 1
@@ -365,7 +368,7 @@ class Simulation:
         assert sum(each.num_draft_tokens for each in metrics) == scheduler.num_draft_tokens == self.num_drafted
         choices = [choice for output in self.outputs.values() for choice in output.outputs]
         prompts = sum(len(request.prompt) * request.params.n for request in self.requests.values())
-        assert stats.num_queried_tokens == prompts
+        assert stats.num_queried_tokens == (prompts if scheduler.prefix_cache.enabled else 0)
         num_decoding = delivered - len(choices) - accepted
         wasted = self.num_run - self.num_drafted - (prompts - stats.num_hit_tokens) - num_decoding
         # An end that is seen late costs a row; one among guesses costs those after it.

@@ -40,6 +40,7 @@ class SlotTable:
         epochs: int64, changes whenever the slot is left: a result from an older epoch is void.
         waits: bool, its token must be known before it runs again (a grammar).
         heeds_eos, has_own_stops: bool, which tokens can end it.
+        last_token_time: float64, on the engine's clock.
     """
 
     def __init__(self, state: BatchState, pool: BlockPool) -> None:
@@ -56,6 +57,7 @@ class SlotTable:
         self.waits: BoolArray = np.zeros(num, np.bool_)
         self.heeds_eos: BoolArray = np.zeros(num, np.bool_)
         self.has_own_stops: BoolArray = np.zeros(num, np.bool_)
+        self.last_token_time = np.zeros(num, np.float64)
         self.free = [SlotId(slot) for slot in reversed(range(num))]
         self.changed: list[int] = []
         self.fenced: deque[tuple[StepId, list[BlockId], SlotId]] = deque()
@@ -87,6 +89,7 @@ class SlotTable:
         self.pending[slot] = self.guessed[slot] = 0
         self.limits[slot] = sequence.limit
         self.registered[slot] = sequence.num_registered = len(hits)
+        self.last_token_time[slot] = sequence.last_token_time
         self.waits[slot] = params.structured_outputs is not None
         self.heeds_eos[slot] = not params.ignore_eos
         self.has_own_stops[slot] = bool(params.stop_token_ids)
@@ -110,6 +113,7 @@ class SlotTable:
         slot = sequence.slot
         assert slot is not None
         self.epochs[slot] += 1
+        sequence.last_token_time = float(self.last_token_time[slot])
         self.sequences[slot] = None
         self.state.params[slot] = None
         self.fenced.append((last_step, sequence.blocks[::-1], slot))

@@ -44,7 +44,7 @@ HOPELESS_RETRY = 1024
 RECENT = 8
 """Calls whose fastest says what a guess for every row takes; a call that catches up with a long prompt says nothing."""
 MAX_FAILURES = 3
-"""Exceptions after which a proposer is not asked any more."""
+"""Exceptions in a row after which a proposer is not asked any more."""
 
 
 class StepCost:
@@ -165,8 +165,9 @@ class Speculator:
         self._right[source, slots] = self._right[source, slots] * MEMORY + num_right
         self._trials[source, slots] = self._trials[source, slots] * MEMORY + np.minimum(num_right + 1, num_draft)
         self._pause[source, slots] = np.where(num_right > 0, FIRST_RETRY, self._pause[source, slots])
+        bounds = [self._threshold(i, len(slots)) for i in range(len(self.proposers))]
         for i, slot, known in zip(source.tolist(), slots.tolist(), num_tokens.tolist(), strict=True):
-            if self._right[i, slot] / self._trials[i, slot] < self._threshold(i, len(slots)):
+            if self._right[i, slot] / self._trials[i, slot] < bounds[i]:
                 self._next_try[i, slot] = known + self._pause[i, slot]
                 self._pause[i, slot] = min(2 * int(self._pause[i, slot]), LAST_RETRY)
 
@@ -194,10 +195,12 @@ class Speculator:
             found = proposer.propose(rows)
             if len(found) != len(rows.slots):
                 raise ValueError(f"{len(found)} guesses for {len(rows.slots)} rows")
-            return [self._checked(guess[:wanted]) for guess, wanted in zip(found, rows.num_wanted.tolist(), strict=True)]
+            checked = [self._checked(guess[:wanted]) for guess, wanted in zip(found, rows.num_wanted.tolist(), strict=True)]
         except Exception:
             self._fail(i)
             return [()] * len(rows.slots)
+        self._failures[i] = 0
+        return checked
 
     def _checked(self, guess: Sequence[int]) -> Sequence[int]:
         """Up to the first that is no token."""

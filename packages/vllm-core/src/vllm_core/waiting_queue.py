@@ -83,17 +83,18 @@ class WaitingQueue:
                 del self._parked[sequence.awaits]
             sequence.awaits = None
         sequence.status = Status.FINISHED
-        if len(self._heap) > 2 * self.num_waiting + 64:  # who adds and aborts for ever must not fill the memory
-            self._heap = [entry for entry in self._heap if _is_valid(*entry)]
-            heapify(self._heap)
+        self._compact()
 
     def rekey(self, sequence: Sequence, key: tuple[int, int, int]) -> None:
         """Give a waiting or parked sequence another place."""
+        if key == sequence.key:
+            return
         if sequence.status is Status.WAITING and sequence in self._front:
             self._front.remove(sequence)
         sequence.key = key
         if sequence.status is Status.WAITING:
             self._push(sequence)  # its old entry is void by its key
+            self._compact()
 
     def check_integrity(self, is_computing: Callable[[bytes], bool]) -> None:
         """Prove that every sequence is in one queue, and that whoever is parked will be woken.
@@ -112,11 +113,19 @@ class WaitingQueue:
             assert all(s.status is Status.PARKED and s.awaits == key for s in group)
         assert all(not s.blocks and s.slot is None for s in everyone), "a waiting sequence holds something"
 
+    def _compact(self) -> None:
+        """Who adds and aborts for ever must not fill the memory with void entries."""
+        if len(self._heap) > 2 * self.num_waiting + 64:
+            self._heap = [entry for entry in self._heap if _is_valid(*entry)]
+            heapify(self._heap)
+
     def _push(self, sequence: Sequence) -> None:
         if self._front and sequence < self._front[-1]:
             insort(self._front, sequence)
-        else:
-            heappush(self._heap, (sequence.key, sequence))
+            if len(self._front) <= LPM_WINDOW:
+                return
+            sequence = self._front.pop()
+        heappush(self._heap, (sequence.key, sequence))
 
     def _pull(self, sequence: Sequence) -> None:
         if self._count_hits is None:
