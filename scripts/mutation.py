@@ -85,8 +85,12 @@ def _sample(session: WorkDB, copy: Path, size: int, seed: int) -> None:
 
 
 def _is_worth_it(item: WorkItem, copy: Path) -> bool:
-    """Not in the checks, and not in an annotation, where any change is noticed at import."""
+    """Not in the checks, not in an annotation, where any change is noticed at import, and not identity in place of an order,
+    which is the same for small numbers and no mistake that anybody makes.
+    """
     change = item.mutations[0]
+    if change.operator_name.endswith(("_Is", "_IsNot")):
+        return False
     line = (copy / change.module_path).read_text().splitlines()[change.start_pos[0] - 1]
     is_annotation = "BitOr" in change.operator_name and "|=" not in line
     return change.definition_name not in PROOF and not is_annotation

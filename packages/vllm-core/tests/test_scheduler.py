@@ -312,3 +312,25 @@ def test_a_stop_token_counts_from_min_tokens_on() -> None:
     output = engine.add_request("a", [0], greedy(8, min_tokens=3, stop_token_ids=[0]))
     run(engine)
     assert (output.outputs[0].token_ids, output.outputs[0].finish_reason) == ([0, 0, 0], "stop")
+
+
+def test_the_budget_is_shared_by_all_guesses() -> None:
+    proposer = Recording()
+    engine = engine_of(FakeBackend(max_draft_tokens=4), [proposer], max_draft_tokens=4)
+    outputs = [engine.add_request(str(i), [i, 2, 3], greedy(31)) for i in range(4)]
+    run(engine)
+    assert all(wanted == min(4, 34 - known - 1) for known, wanted in proposer.wanted), proposer.wanted
+    assert [output.outputs[0].token_ids for output in outputs] == [expected_tokens([i, 2, 3], 31, 256) for i in range(4)]
+
+
+def test_only_the_priority_policy_heeds_priorities() -> None:
+    engine = engine_of(scheduling_policy="lpm", max_num_seqs=1)
+    engine.add_request("before", [5] * 9, greedy(1))
+    run(engine)
+    engine.add_request("old", [1] * 9, greedy(3), priority=0)
+    engine.add_request("young", [5] * 9, greedy(3), priority=5)
+    engine.step()
+    (running,) = engine.scheduler.running
+    assert running.request.request_id == "young"
+    run(engine)
+    assert engine.scheduler.num_preemptions == 0
