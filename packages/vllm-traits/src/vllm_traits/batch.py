@@ -42,7 +42,8 @@ class BatchState:
             submitted, the guesses of a row stand after its known tokens; what follows is undefined.
         num_tokens: int32 ``[max_num_seqs]``, how many of them are known.
         num_prompt_tokens: int32 ``[max_num_seqs]``.
-        block_tables: int32 ``[max_num_seqs, max_blocks_per_seq]``; entries past ``num_blocks`` are undefined.
+        block_tables: int32 ``[max_num_seqs, max_blocks_per_seq]``; entries past ``num_blocks`` are undefined. While a sequence
+            is in a slot its table only grows, by any number of blocks between two steps.
         num_blocks: int32 ``[max_num_seqs]``.
         temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty: float32 ``[max_num_seqs]``.
         top_k: int32 ``[max_num_seqs]``, 0 keeps all.
