@@ -19,7 +19,17 @@ from cosmic_ray.work_item import WorkerOutcome, WorkItem, WorkResult
 ROOT = Path(__file__).resolve().parent.parent
 CORE = "packages/vllm-core/src/vllm_core"
 TESTS = "packages/vllm-core/tests"
-QUICK = ("block_pool", "prefix_cache", "waiting_queue", "scheduler", "engine", "scheduling", "simulation")
+QUICK = (
+    "block_pool",
+    "prefix_cache",
+    "waiting_queue",
+    "scheduler",
+    "metrics",
+    "engine",
+    "scheduling",
+    "speculation",
+    "simulation",
+)
 """Tests that notice most, the cheapest first; ``-x`` ends the run with the first failure."""
 PROOF = ("check_integrity", "_check_lengths", "_check_blocks")
 """Functions that are checks themselves: the tests prove them by planting bugs, not by changing the checks."""

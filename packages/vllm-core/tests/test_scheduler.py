@@ -273,7 +273,8 @@ def test_an_old_request_of_a_worse_priority_does_not_push_out_a_better_one(aging
     assert engine.scheduler.num_preemptions == 0
 
 
-def test_who_comes_to_be_first_by_age_pushes_out_nobody_of_a_better_priority() -> None:
+@pytest.mark.parametrize("priority", [1, 0])
+def test_who_comes_to_be_first_by_age_pushes_out_nobody_of_a_priority_as_good(priority: int) -> None:
     engine = engine_of(max_num_seqs=1, scheduling_policy="priority", priority_aging=4)
     engine.add_request("old", [1], greedy(2), priority=9)
     for i in range(5):
@@ -283,7 +284,7 @@ def test_who_comes_to_be_first_by_age_pushes_out_nobody_of_a_better_priority() -
     engine.step()
     (running,) = engine.scheduler.running
     assert running.request.request_id == "young"
-    engine.set_priority("old", 1)
+    engine.set_priority("old", priority)
     head = engine.scheduler._waiting.head()
     assert head is not None
     assert head < running
