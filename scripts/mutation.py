@@ -95,9 +95,9 @@ def _sample(session: WorkDB, copy: Path, size: int, seed: int) -> None:
 
 
 def _is_worth_it(item: WorkItem, copy: Path) -> bool:
-    """Not in the checks, not in an annotation, where any change is noticed at import, not identity in place of an order, which is
-    the same for small numbers and no mistake that anybody makes, and not what is the same: of two arrays of bool, ``*`` is
-    ``&`` and ``+`` is ``|``.
+    """Not in the checks, not in an annotation, where any change is noticed at import, not identity in place of an order, which
+    is the same for small numbers and no mistake that anybody makes, and not what is the same: of two arrays of bool, ``*``
+    is ``&`` and ``+`` is ``|``.
     """
     change = item.mutations[0]
     if change.operator_name.endswith(("_Is", "_IsNot", "BitAnd_Mul", "BitOr_Add")):
