@@ -122,6 +122,16 @@ def test_the_longest_cached_prefix_goes_first() -> None:
     assert [outputs[name].num_cached_tokens for name in prompts] == [0, 8, 36, 0]
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_a_cached_prefix_overtakes_nobody_under_other_policies(policy: str) -> None:
+    engine = engine_of(scheduling_policy=policy, max_num_seqs=1)
+    engine.add_request("before", list(range(40)), ONE)
+    finish_order(engine)
+    for name, prompt in (("cold", [99] * 20), ("cached", [*range(36), 97])):
+        engine.add_request(name, prompt, ONE)
+    assert finish_order(engine) == ["cold", "cached"]
+
+
 def test_the_first_in_order_is_not_passed_over_for_ever() -> None:
     engine = engine_of(scheduling_policy="lpm", max_num_seqs=1)
     engine.add_request("before", list(range(9)), ONE)
