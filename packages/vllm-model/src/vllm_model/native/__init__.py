@@ -1,0 +1,189 @@
+"""The compiled kernels: which of them this processor can run, and what passes between them and Python.
+
+The structures are those of ``decoder.c`` and ``products.h``, field by field.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from vllm_model.native.build import VARIANTS, library_path, machine
+from vllm_model.quantization import GROUP, QuantizedTensor, Weight
+from vllm_traits.errors import BackendOutOfMemoryError
+
+F32, BF16, INT4, INT8 = range(4)
+PANEL: Final = 16
+"""Outputs that lie together in a packed weight."""
+NEEDED: Final = {
+    "amx": {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512bf16": {"avx512f", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "neon": set[str](),
+}
+"""What the kernel's list of a processor's features must hold for a variant."""
+
+
+class ProductStruct(Structure):
+    _fields_ = [("type", c_int32), ("n", c_int32), ("k", c_int32), ("data", c_void_p), ("bias", c_void_p)]
+
+
+class LayerStruct(Structure):
+    _fields_ = [
+        ("input_norm", c_void_p),
+        ("qkv", POINTER(ProductStruct)),
+        ("num_qkv", c_int32),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("o", ProductStruct),
+        ("post_norm", c_void_p),
+        ("gate", ProductStruct),
+        ("up", ProductStruct),
+        ("down", ProductStruct),
+        ("cache", c_void_p),
+    ]
+
+
+class DecoderStruct(Structure):
+    _fields_ = [
+        ("dot", c_int32),
+        ("num_layers", c_int32),
+        ("hidden", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("intermediate", c_int32),
+        ("block_size", c_int32),
+        ("eps", c_float),
+        ("embedding", ProductStruct),
+        ("lm_head", ProductStruct),
+        ("norm", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("layers", POINTER(LayerStruct)),
+    ]
+
+
+class StepStruct(Structure):
+    _fields_ = [
+        ("num_tokens", c_int32),
+        ("num_rows", c_int32),
+        ("num_wanted", c_int32),
+        ("token_ids", c_void_p),
+        ("query_start", c_void_p),
+        ("num_computed", c_void_p),
+        ("slots", c_void_p),
+        ("tables", c_void_p),
+        ("table_stride", c_int64),
+        ("wanted", c_void_p),
+        ("hidden", c_void_p),
+    ]
+
+
+class PackingStruct(Structure):
+    _fields_ = [
+        ("type", c_int32),
+        ("n", c_int32),
+        ("k", c_int32),
+        ("weight", c_void_p),
+        ("scales", c_void_p),
+        ("minimums", c_void_p),
+        ("out", c_void_p),
+    ]
+
+
+@cache
+def load_kernels() -> ctypes.CDLL | None:
+    """The fastest variant that is built and that this processor runs; None: there is none.
+
+    ``VLLM_CPU_ISA`` names the fastest one to consider, or ``none``.
+    """
+    names = list(VARIANTS.get(machine(), {}))
+    most = os.environ.get("VLLM_CPU_ISA")
+    if most is not None:
+        names = names[names.index(most) :] if most in names else []
+    has = _features()
+    for name in names:
+        path = library_path(name)
+        if has >= NEEDED[name] and path.exists():
+            library = _typed(ctypes.CDLL(str(path)))
+            if library.set_threads(1) == 0:
+                return library
+    return None
+
+
+def _features() -> set[str]:
+    if machine() != "x86_64":
+        return set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.decoder_hidden.argtypes = [POINTER(DecoderStruct), POINTER(StepStruct)]
+    library.product.argtypes = [POINTER(ProductStruct), c_int32, c_void_p, c_int32, c_void_p]
+    library.pack.argtypes = [POINTER(PackingStruct)]
+    library.pack.restype = None
+    library.packed_bytes.argtypes = [c_int32, c_int64, c_int64]
+    library.packed_bytes.restype = c_int64
+    library.set_threads.argtypes = [c_int32]
+    return library
+
+
+class PackedWeight:
+    """A weight ``[n, k]`` as the kernels want it, with its bias.
+
+    Args:
+        weight: float32, bfloat16 or quantized; ``k`` even.
+        bias: ``[n]``, or None.
+
+    Attributes:
+        nbytes: Held in memory.
+    """
+
+    def __init__(self, kernels: ctypes.CDLL, weight: Weight, bias: torch.Tensor | None = None) -> None:
+        n, k = weight.shape
+        scales = minimums = None
+        if isinstance(weight, QuantizedTensor):
+            kind = INT4 if weight.bits == 4 else INT8
+            scales = weight.scales.contiguous()
+            minimums = None if weight.minimums is None else weight.minimums.contiguous()
+            values = weight.q.contiguous()
+        else:
+            kind = BF16 if weight.dtype == torch.bfloat16 else F32
+            values = weight.contiguous() if kind == BF16 else weight.float().contiguous()
+        assert k % (GROUP if scales is not None else 2) == 0
+        self._kernels = kernels
+        self._data = torch.empty(kernels.packed_bytes(kind, n, k) + 64, dtype=torch.uint8)
+        at = (self._data.data_ptr() + 63) // 64 * 64
+        packing = PackingStruct(kind, n, k, values.data_ptr(), _address(scales), _address(minimums), at)
+        kernels.pack(packing)
+        self._bias = None
+        if bias is not None:
+            self._bias = torch.zeros(-(-n // PANEL) * PANEL)
+            self._bias[:n] = bias
+        self.struct = ProductStruct(kind, n, k, at, _address(self._bias))
+        self.nbytes = self._data.nbytes
+
+    def __call__(self, x: torch.Tensor, *, dot: bool) -> torch.Tensor:
+        """float32 ``[rows, k]`` to float32 ``[rows, n]``; with ``dot`` inputs are rounded to bfloat16 first."""
+        x = x.float().contiguous()
+        rows = len(x)
+        width = -(-self.struct.n // PANEL) * PANEL
+        out = torch.empty(-(-rows // 16) * 16, width)
+        if self._kernels.product(self.struct, dot, x.data_ptr(), rows, out.data_ptr()):
+            raise BackendOutOfMemoryError(f"A product of {rows} rows ran out of memory.")
+        return out[:rows, : self.struct.n]
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,92 @@
+// Threads for the phases of a step.
+//
+// A phase is a function called for chunks 0..n-1 by whoever is free, the caller included; it ends when all chunks are done, not
+// when all threads have come by. So a thread that the system keeps away from its core delays nothing but the chunk it holds.
+#pragma once
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+#define MAX_THREADS 256
+#define SPIN 4000  // looks at the ticket before a worker goes to sleep, some 100 us
+
+typedef void (*phase_fn)(void *args, int chunk);
+
+// generation << 40 | chunks << 20 | next chunk
+static _Atomic uint64_t ticket;
+static _Atomic uint32_t chunks_done;
+static _Atomic int num_asleep;
+static phase_fn phase_function;
+static void *phase_args;
+static int num_workers;  // threads beside the caller
+static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t pool_wake = PTHREAD_COND_INITIALIZER;
+
+#define CHUNKS_OF(t) ((uint32_t)((t) >> 20) & 0xfffff)
+#define NEXT_OF(t) ((uint32_t)(t) & 0xfffff)
+#define MAX_CHUNKS 0xf0000
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Take chunks until none is left. A ticket that was taken holds its phase open, so its function and arguments are there.
+static void take_chunks(void) {
+    for (;;) {
+        uint64_t seen = atomic_load_explicit(&ticket, memory_order_acquire);
+        if (NEXT_OF(seen) >= CHUNKS_OF(seen)) return;
+        uint64_t mine = atomic_fetch_add_explicit(&ticket, 1, memory_order_acq_rel);
+        if (NEXT_OF(mine) >= CHUNKS_OF(mine)) continue;
+        phase_function(phase_args, (int)NEXT_OF(mine));
+        atomic_fetch_add_explicit(&chunks_done, 1, memory_order_release);
+    }
+}
+
+static void *worker(void *arg) {
+    int number = (int)(intptr_t)arg;
+    while (number < num_workers) {
+        int left = SPIN;
+        uint64_t seen = atomic_load_explicit(&ticket, memory_order_acquire);
+        while (NEXT_OF(seen) >= CHUNKS_OF(seen) && --left) {
+            relax();
+            seen = atomic_load_explicit(&ticket, memory_order_acquire);
+        }
+        if (left) {
+            take_chunks();
+            continue;
+        }
+        pthread_mutex_lock(&pool_lock);
+        atomic_fetch_add(&num_asleep, 1);
+        seen = atomic_load(&ticket);
+        if (NEXT_OF(seen) >= CHUNKS_OF(seen)) pthread_cond_wait(&pool_wake, &pool_lock);
+        atomic_fetch_sub(&num_asleep, 1);
+        pthread_mutex_unlock(&pool_lock);
+    }
+    return NULL;
+}
+
+static void run_phase(phase_fn function, void *args, int chunks) {
+    if (chunks == 1 || num_workers == 0) {
+        for (int i = 0; i < chunks; i++) function(args, i);
+        return;
+    }
+    phase_function = function;
+    phase_args = args;
+    atomic_store_explicit(&chunks_done, 0, memory_order_relaxed);
+    uint64_t before = atomic_load_explicit(&ticket, memory_order_relaxed);
+    atomic_store(&ticket, ((before >> 40) + 1) << 40 | (uint64_t)chunks << 20);
+    if (atomic_load(&num_asleep)) {
+        pthread_mutex_lock(&pool_lock);
+        pthread_cond_broadcast(&pool_wake);
+        pthread_mutex_unlock(&pool_lock);
+    }
+    take_chunks();
+    for (int looks = 0; atomic_load_explicit(&chunks_done, memory_order_acquire) != (uint32_t)chunks; looks++)
+        looks & 1023 ? relax() : (void)sched_yield();
+}
