@@ -1,0 +1,155 @@
+"""The decoder of :mod:`vllm_model.decoder` in compiled kernels: a step is one call."""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vllm_model.kv_cache import PagedKvCache
+from vllm_model.model_config import ModelConfig
+from vllm_model.native import PANEL, DecoderStruct, LayerStruct, PackedWeight, ProductStruct, StepStruct
+from vllm_model.quantization import QuantizedTensor, Weight, concatenated
+from vllm_model.rotary import rotary_tables
+from vllm_model.verifier import Indices
+from vllm_traits.batch import Batch
+from vllm_traits.errors import BackendOutOfMemoryError
+
+
+class NativeDecoder:
+    """Weights packed for the kernels, and the calls.
+
+    Between products all numbers are float32. What a product and the cache take is bfloat16 if ``dtype`` is and the processor
+    multiplies such pairs, else float32.
+
+    Args:
+        kernels: Of :func:`~vllm_model.native.load_kernels`.
+        config: The model's shape.
+        weights: By Hugging Face's names; emptied.
+        max_len: Positions to make rotary tables for.
+        dtype: bfloat16 or float32.
+
+    Attributes:
+        dtype: Of the cache.
+        nbytes: Of the packed weights.
+    """
+
+    def __init__(
+        self, kernels: ctypes.CDLL, config: ModelConfig, weights: dict[str, Weight], max_len: int, dtype: torch.dtype
+    ) -> None:
+        self.config = config
+        self.dtype = torch.bfloat16 if dtype == torch.bfloat16 and kernels.has_dot() else torch.float32
+        self._kernels = kernels
+        self._kept: list[object] = []  # what the structures point to
+        self.nbytes = 0
+        embedding = self._packed([weights.pop("model.embed_tokens.weight")])[0]
+        head = embedding if config.tie_word_embeddings else self._packed([weights.pop("lm_head.weight")])[0]
+        self._head = head
+        layers = (LayerStruct * config.num_layers)(*(self._layer(weights, f"model.layers.{i}") for i in range(config.num_layers)))
+        norm = weights.pop("model.norm.weight")
+        assert not weights, f"weights without a use: {list(weights)[:3]}"
+        cos, sin = rotary_tables(config.rope, config.head_dim, max_len)
+        self._layers = layers
+        self._struct = DecoderStruct(
+            dot=self.dtype == torch.bfloat16,
+            num_layers=config.num_layers,
+            hidden=config.hidden_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate=config.intermediate_size,
+            eps=config.rms_norm_eps,
+            embedding=embedding.struct,
+            lm_head=head.struct,
+            norm=self._floats(norm),
+            cos=self._floats(cos),
+            sin=self._floats(sin),
+            layers=layers,
+        )
+
+    def attach(self, cache: PagedKvCache) -> None:
+        """Use this cache from now on; its blocks hold whole panels of 16 tokens, in the kernels' own order."""
+        assert cache.block_size % PANEL == 0
+        self._struct.block_size = cache.block_size
+        for layer, tensor in zip(self._layers, cache.layers, strict=True):
+            layer.cache = tensor.data_ptr()
+
+    def hidden(self, batch: Batch, wanted: Indices) -> torch.Tensor:
+        """Run a step's tokens: float32 ``[len(wanted), hidden_size]``, the last hidden states of the wanted ones, normed.
+
+        Raises:
+            BackendOutOfMemoryError: No memory for the step; nothing was changed.
+        """
+        out = torch.empty(len(wanted), self.config.hidden_size)
+        everything = len(wanted) == batch.num_tokens
+        wanted = np.ascontiguousarray(wanted, np.int64)
+        tables = batch.state.block_tables
+        step = StepStruct(
+            num_tokens=batch.num_tokens,
+            num_rows=batch.num_rows,
+            num_wanted=len(wanted),
+            token_ids=batch.token_ids.ctypes.data,
+            query_start=batch.query_start.ctypes.data,
+            num_computed=batch.num_computed.ctypes.data,
+            slots=batch.slots.ctypes.data,
+            tables=tables.ctypes.data,
+            table_stride=tables.strides[0] // 4,
+            wanted=None if everything else wanted.ctypes.data,
+            hidden=out.data_ptr(),
+        )
+        if self._kernels.decoder_hidden(self._struct, step):
+            raise BackendOutOfMemoryError(f"A step of {batch.num_tokens} tokens ran out of memory.")
+        return out
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of hidden states: float32 ``[rows, vocab_size]``."""
+        return self._head(hidden, dot=bool(self._struct.dot))
+
+    def _layer(self, weights: dict[str, Weight], prefix: str) -> LayerStruct:
+        def named(*names: str) -> list[PackedWeight]:
+            biases = [weights.pop(f"{prefix}.{name}.bias", None) for name in names]
+            return self._packed([weights.pop(f"{prefix}.{name}.weight") for name in names], biases)
+
+        def norm(name: str) -> int | None:
+            weight = weights.pop(f"{prefix}.{name}.weight", None)
+            return None if weight is None else self._floats(weight)
+
+        qkv = [packed.struct for packed in named("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
+        array = (ProductStruct * len(qkv))(*qkv)
+        self._kept.append(array)
+        return LayerStruct(
+            input_norm=norm("input_layernorm"),
+            qkv=array,
+            num_qkv=len(qkv),
+            q_norm=norm("self_attn.q_norm"),
+            k_norm=norm("self_attn.k_norm"),
+            o=named("self_attn.o_proj")[0].struct,
+            post_norm=norm("post_attention_layernorm"),
+            gate=named("mlp.gate_proj")[0].struct,
+            up=named("mlp.up_proj")[0].struct,
+            down=named("mlp.down_proj")[0].struct,
+        )
+
+    def _packed(self, parts: list[Weight], biases: Sequence[Weight | None] = (None,)) -> list[PackedWeight]:
+        """One product of all parts if they are of one kind, else one of each."""
+        if len(parts) > 1 and len({_kind(part) for part in parts}) == 1:
+            given = [torch.zeros(len(part)) if bias is None else bias for part, bias in zip(parts, biases, strict=True)]
+            joined = None if all(bias is None for bias in biases) else torch.cat(given)
+            parts, biases = [_concatenated(parts)], [joined]
+        packed = [PackedWeight(self._kernels, part, bias) for part, bias in zip(parts, biases, strict=True)]
+        self._kept += packed
+        self.nbytes += sum(one.nbytes for one in packed)
+        return packed
+
+    def _floats(self, tensor: torch.Tensor) -> int:
+        kept = tensor.float().contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+
+def _kind(weight: Weight) -> object:
+    return weight.bits if isinstance(weight, QuantizedTensor) else weight.dtype
+
+
+def _concatenated(parts: list[Weight]) -> Weight:
+    return concatenated(parts) if isinstance(parts[0], QuantizedTensor) else torch.cat(parts)
