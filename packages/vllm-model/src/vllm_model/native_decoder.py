@@ -1,6 +1,7 @@
 """The decoder of :mod:`vllm_model.decoder` in compiled kernels: a step is one call."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,10 +68,14 @@ class NativeDecoder:
             layers=layers,
         )
 
-    def attach(self, cache: PagedKvCache) -> None:
-        """Use this cache from now on; its blocks hold whole panels of 16 tokens, in the kernels' own order."""
-        assert cache.block_size % PANEL == 0
-        self._struct.block_size = cache.block_size
+    @staticmethod
+    def stored_tokens(block_size: int) -> int:
+        """Room of a block in tokens: a block size that is no multiple of 16 leaves lanes of its panels empty."""
+        return block_size // math.gcd(block_size, PANEL) * PANEL
+
+    def attach(self, cache: PagedKvCache, block_size: int) -> None:
+        """Use this cache from now on, made for :meth:`stored_tokens` of ``block_size``; its order is the kernels' own."""
+        self._struct.block_size, self._struct.panel_tokens = block_size, math.gcd(block_size, PANEL)
         for layer, tensor in zip(self._layers, cache.layers, strict=True):
             layer.cache = tensor.data_ptr()
 
@@ -133,7 +138,7 @@ class NativeDecoder:
     def _packed(self, parts: list[Weight], biases: Sequence[Weight | None] = (None,)) -> list[PackedWeight]:
         """One product of all parts if they are of one kind, else one of each."""
         if len(parts) > 1 and len({_kind(part) for part in parts}) == 1:
-            given = [torch.zeros(len(part)) if bias is None else bias for part, bias in zip(parts, biases, strict=True)]
+            given = [torch.zeros(part.shape[0]) if bias is None else bias for part, bias in zip(parts, biases, strict=True)]
             joined = None if all(bias is None for bias in biases) else torch.cat(given)
             parts, biases = [_concatenated(parts)], [joined]
         packed = [PackedWeight(self._kernels, part, bias) for part, bias in zip(parts, biases, strict=True)]

@@ -60,6 +60,7 @@ class DecoderStruct(Structure):
         ("head_dim", c_int32),
         ("intermediate", c_int32),
         ("block_size", c_int32),
+        ("panel_tokens", c_int32),
         ("eps", c_float),
         ("embedding", ProductStruct),
         ("lm_head", ProductStruct),

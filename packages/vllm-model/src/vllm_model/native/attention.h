@@ -1,15 +1,17 @@
 // Attention over the paged cache. A block of one head holds its keys, then its values, each as panels of sixteen tokens:
 // keys as a product's weights with the tokens as outputs, values as weights with the tokens as inputs and head_dim outputs.
+// A block size that is no multiple of sixteen leaves lanes empty: a panel then holds their greatest common divisor.
 #pragma once
 #include "products.h"
 
-#define KEYS_AT_ONCE 64
+#define KEYS_AT_ONCE 64  // four panels
 #define QUERY_ROWS 32  // (token, head) pairs of an item; more only if one token's group is larger
 #define MOST_QUERY_ROWS 64
 #define MOST_HEAD_DIM 256
 
 typedef struct {
     int32_t dot, heads, kv_heads, head_dim, block_size;
+    int32_t panel_tokens;       // in a panel of a block
     const char *cache;          // of the layer
     const int32_t *tables;      // [slots, table_stride]
     long table_stride;
@@ -26,18 +28,18 @@ typedef struct {
 
 INLINE int element_bytes(int dot) { return dot ? 2 : 4; }
 
-INLINE long head_bytes(const Attention *a) { return (long)a->block_size * a->head_dim * element_bytes(a->dot); }
+INLINE long head_bytes(const Attention *a) { return (long)a->block_size / a->panel_tokens * PANEL * a->head_dim * element_bytes(a->dot); }
 
-// The panel of sixteen keys from `key` on.
+// The panel that holds a key.
 INLINE const char *keys_of(const Attention *a, int slot, int head, int key) {
     long block = a->tables[slot * a->table_stride + key / a->block_size];
-    long panel = key % a->block_size / PANEL;
+    long panel = key % a->block_size / a->panel_tokens;
     return a->cache + ((block * a->kv_heads + head) * 2) * head_bytes(a) + panel * PANEL * a->head_dim * element_bytes(a->dot);
 }
 
 static void write_key_value(const Attention *a, int slot, int head, int position, const float *key, const float *value) {
     char *keys = (char *)keys_of(a, slot, head, position), *values = keys + head_bytes(a);
-    int lane = position % PANEL;
+    int lane = position % a->block_size % a->panel_tokens;
     if (a->dot) {
         uint16_t *k = (uint16_t *)keys + lane * 2, *v = (uint16_t *)values + lane / 2 * 32 + lane % 2;
         for (int d = 0; d < a->head_dim; d++) k[d / 2 * 32 + d % 2] = to_bf16(key[d]);
@@ -79,15 +81,15 @@ static void attend(const Attention *a, const Item *item) {
     }
     memset(sums, 0, (size_t)rows * dim * 4);
 
-    for (int start = item->start; start < item->end; start += KEYS_AT_ONCE) {
-        int keys = item->end - start < KEYS_AT_ONCE ? item->end - start : KEYS_AT_ONCE;
-        int panels = (keys + PANEL - 1) / PANEL;
+    const int each = a->panel_tokens;
+    for (int start = item->start; start < item->end; start += 4 * each) {
+        int panels = item->end - start < 4 * each ? (item->end - start + each - 1) / each : 4;
         const char *at[4];
-        for (int p = 0; p < panels; p++) at[p] = keys_of(a, item->slot, item->head, start + p * PANEL);
+        for (int p = 0; p < panels; p++) at[p] = keys_of(a, item->slot, item->head, start + p * each);
         for (int r = 0; r < rows; r += MAX_ROWS) {
             int some = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
             for (int p = 0, step; p < panels; p += step) {
-                step = panels_at_once(some);
+                step = panels_at_once(some, F32);
                 while (step > panels - p) step /= 2;
                 Block b = {.k = dim, .x = q + r * dim * width, .ldx = dim, .out = scores + r * KEYS_AT_ONCE + p * PANEL, .ldo = KEYS_AT_ONCE};
                 for (int i = 0; i < step; i++) b.panel[i] = at[p + i];
@@ -96,7 +98,10 @@ static void attend(const Attention *a, const Item *item) {
         }
         for (int r = 0; r < rows; r++) {
             float *score = scores + r * KEYS_AT_ONCE;
-            for (int i = limit[r] + 1 - start > 0 ? limit[r] + 1 - start : 0; i < panels * PANEL; i++) score[i] = -INFINITY;
+            for (int p = 0; p < panels; p++) {
+                int seen = limit[r] + 1 - start - p * each;
+                for (int i = seen < 0 ? 0 : seen < each ? seen : each; i < PANEL; i++) score[p * PANEL + i] = -INFINITY;
+            }
             vf high = load(score);
             for (int i = LANES; i < panels * PANEL; i += LANES) high = maximum(high, load(score + i));
             float highest = max_of(high);
@@ -121,7 +126,7 @@ static void attend(const Attention *a, const Item *item) {
             for (int r = 0; r < rows; r += MAX_ROWS) {
                 int some = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
                 for (int d = 0, step; d < dim / PANEL; d += step) {
-                    step = panels_at_once(some);
+                    step = panels_at_once(some, F32);
                     while (step > dim / PANEL - d) step /= 2;
                     Block b = {.k = PANEL, .x = weights + (r * KEYS_AT_ONCE + t * PANEL) * width, .ldx = KEYS_AT_ONCE,
                                .out = sums + r * dim + d * PANEL, .ldo = dim};

@@ -20,7 +20,7 @@ typedef struct {
 
 typedef struct {
     int32_t dot;  // inputs of products and the cache are bfloat16, else floats
-    int32_t num_layers, hidden, heads, kv_heads, head_dim, intermediate, block_size;
+    int32_t num_layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, panel_tokens;
     float eps;
     Product embedding, lm_head;
     const float *norm;
@@ -123,7 +123,7 @@ static void norm_phase(void *args, int chunk) {
 
 static void norm(Work *work, const float *weight) {
     work->norm_weight = weight;
-    run_phase(norm_phase, work, (work->rows + NORM_ROWS - 1) / NORM_ROWS);
+    run_phase("norm", norm_phase, work, (work->rows + NORM_ROWS - 1) / NORM_ROWS);
 }
 
 static void rotate(const float *x, const float *cos, const float *sin, int dim, float scale, float *out) {
@@ -268,12 +268,12 @@ static void run_layer(Work *work, int last) {
     const long all = (long)d->heads * d->head_dim, width = dot ? 2 : 4;
     norm(work, layer->input_norm);
     for (long i = 0, at = 0; i < layer->num_qkv; at += layer->qkv[i++].n)
-        multiply((Run){.w = &layer->qkv[i], .x = work->x, .ldx = work->ld_x, .rows = tokens, .dot = dot, .y = work->qkv + at,
+        multiply((Run){.name = "qkv", .w = &layer->qkv[i], .x = work->x, .ldx = work->ld_x, .rows = tokens, .dot = dot, .y = work->qkv + at,
                        .ldy = work->ld_qkv}, work->sums);
     work->attention.cache = layer->cache;
-    run_phase(rotary_phase, work, (tokens + ROTARY_TOKENS - 1) / ROTARY_TOKENS);
-    run_phase(attend_phase, work, work->num_items);
-    if (work->num_split) run_phase(join_phase, work, work->num_split);
+    run_phase("rotary", rotary_phase, work, (tokens + ROTARY_TOKENS - 1) / ROTARY_TOKENS);
+    run_phase("attend", attend_phase, work, work->num_items);
+    if (work->num_split) run_phase("join", join_phase, work, work->num_split);
     if (last && step->wanted) {
         // Past the last attention only the wanted tokens matter; they are in order, so rows move down.
         for (int i = 0; i < step->num_wanted; i++) {
@@ -282,12 +282,12 @@ static void run_layer(Work *work, int last) {
         }
         work->rows = step->num_wanted;
     }
-    multiply((Run){.w = &layer->o, .x = work->attended, .ldx = all, .rows = work->rows, .dot = dot, .add = 1, .y = work->residual,
+    multiply((Run){.name = "o", .w = &layer->o, .x = work->attended, .ldx = all, .rows = work->rows, .dot = dot, .add = 1, .y = work->residual,
                    .ldy = d->hidden}, work->sums);
     norm(work, layer->post_norm);
-    multiply((Run){.w = &layer->up, .gate = &layer->gate, .x = work->x, .ldx = work->ld_x, .rows = work->rows, .dot = dot,
+    multiply((Run){.name = "gate_up", .w = &layer->up, .gate = &layer->gate, .x = work->x, .ldx = work->ld_x, .rows = work->rows, .dot = dot,
                    .y = work->wide, .ldy = work->ld_wide}, work->sums);
-    multiply((Run){.w = &layer->down, .x = work->wide, .ldx = work->ld_wide, .rows = work->rows, .dot = dot, .add = 1,
+    multiply((Run){.name = "down", .w = &layer->down, .x = work->wide, .ldx = work->ld_wide, .rows = work->rows, .dot = dot, .add = 1,
                    .y = work->residual, .ldy = d->hidden}, work->sums);
 }
 
@@ -313,10 +313,11 @@ int decoder_hidden(const Decoder *decoder, const Step *step) {
             work.row_of[t] = row;
         }
     work.attention = (Attention){.dot = decoder->dot, .heads = decoder->heads, .kv_heads = decoder->kv_heads,
-                                 .head_dim = decoder->head_dim, .block_size = decoder->block_size, .tables = step->tables,
+                                 .head_dim = decoder->head_dim, .block_size = decoder->block_size,
+                                 .panel_tokens = decoder->panel_tokens, .tables = step->tables,
                                  .table_stride = step->table_stride, .q = work.q, .out = work.attended,
                                  .positions = work.positions, .partial = work.attention.partial};
-    run_phase(embed_phase, &work, (step->num_tokens + 15) / 16);
+    run_phase("embed", embed_phase, &work, (step->num_tokens + 15) / 16);
     for (int i = 0; i < decoder->num_layers; i++) {
         work.layer = &decoder->layers[i];
         run_layer(&work, i == decoder->num_layers - 1);
@@ -338,7 +339,7 @@ int product(const Product *w, int dot, const float *x, int rows, float *out) {
         return -1;
     }
     for (int i = 0; i < rows; i++) to_inputs(x + (long)i * w->k, w->k, dot, arena, i * ld);
-    multiply((Run){.w = w, .x = arena, .ldx = ld, .rows = rows, .dot = dot, .y = out, .ldy = padded(w->n)},
+    multiply((Run){.name = "head", .w = w, .x = arena, .ldx = ld, .rows = rows, .dot = dot, .y = out, .ldy = padded(w->n)},
              (float *)(arena + (inputs + 63) / 64 * 64));
     pthread_mutex_unlock(&step_lock);
     return 0;
@@ -390,7 +391,7 @@ static void pack_phase(void *args, int panel) {
 
 void pack(const Packing *packing) {
     pthread_mutex_lock(&step_lock);
-    run_phase(pack_phase, (void *)packing, (packing->n + PANEL - 1) / PANEL);
+    run_phase("pack", pack_phase, (void *)packing, (packing->n + PANEL - 1) / PANEL);
     pthread_mutex_unlock(&step_lock);
 }
 

@@ -8,6 +8,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <string.h>
 
 #define MAX_THREADS 256
 #define SPIN 4000  // looks at the ticket before a worker goes to sleep, some 100 us
@@ -71,7 +72,7 @@ static void *worker(void *arg) {
     return NULL;
 }
 
-static void run_phase(phase_fn function, void *args, int chunks) {
+static void run_chunks(phase_fn function, void *args, int chunks) {
     if (chunks == 1 || num_workers == 0) {
         for (int i = 0; i < chunks; i++) function(args, i);
         return;
@@ -90,3 +91,41 @@ static void run_phase(phase_fn function, void *args, int chunks) {
     for (int looks = 0; atomic_load_explicit(&chunks_done, memory_order_acquire) != (uint32_t)chunks; looks++)
         looks & 1023 ? relax() : (void)sched_yield();
 }
+
+#ifdef PROFILE
+// Nanoseconds spent in phases of each name since the library was loaded; printed at exit.
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+#define MAX_NAMES 32
+static struct {
+    const char *name;
+    int64_t nanoseconds, calls;
+} spent[MAX_NAMES];
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+static void spend(const char *name, int64_t nanoseconds) {
+    int i = 0;
+    while (i < MAX_NAMES - 1 && spent[i].name && strcmp(spent[i].name, name)) i++;
+    spent[i].name = name;
+    spent[i].nanoseconds += nanoseconds;
+    spent[i].calls++;
+}
+void profile(void) {
+    for (int i = 0; i < MAX_NAMES && spent[i].name; i++) {
+        fprintf(stderr, "%-12s %10.3f ms %8ld calls\n", spent[i].name, spent[i].nanoseconds / 1e6, (long)spent[i].calls);
+        spent[i].nanoseconds = spent[i].calls = 0;
+    }
+}
+#define run_phase(name, function, args, chunks)                  \
+    do {                                                         \
+        int64_t began = now();                                   \
+        run_chunks(function, args, chunks);                      \
+        spend(name, now() - began);                              \
+    } while (0)
+#else
+#define run_phase(name, function, args, chunks) run_chunks(function, args, chunks)
+#endif

@@ -164,16 +164,17 @@ INLINE void dot_block(const int rows, const int panels, const int type, const in
         for (long g = 0; g < b->k / GROUP; g++) {
             __m512 part[rows][panels];
             UNROLL for (int r = 0; r < rows; r++) UNROLL for (int p = 0; p < panels; p++) part[r][p] = _mm512_setzero_ps();
-            UNROLL for (int line = 0; line < lines; line++)
-                UNROLL for (int p = 0; p < panels; p++) {
-                    __m512i word = _mm512_loadu_si512(b->panel[p] + g * bytes + line * 64);
-                    UNROLL for (int i = 0; i < each / 2; i++) {
-                        pairs w = type == INT4 ? (pairs)_mm512_permutexvar_epi16(_mm512_srli_epi16(word, 4 * i), table)
-                                               : int8_pairs(word, i);
+            UNROLL for (int line = 0; line < lines; line++) {
+                __m512i word[panels];
+                UNROLL for (int p = 0; p < panels; p++) word[p] = _mm512_loadu_si512(b->panel[p] + g * bytes + line * 64);
+                UNROLL for (int i = 0; i < each / 2; i++)
+                    UNROLL for (int p = 0; p < panels; p++) {
+                        pairs w = type == INT4 ? (pairs)_mm512_permutexvar_epi16(_mm512_srli_epi16(word[p], 4 * i), table)
+                                               : int8_pairs(word[p], i);
                         UNROLL for (int r = 0; r < rows; r++)
                             part[r][p] = _mm512_dpbf16_ps(part[r][p], w, splat_pair(x + r * b->ldx + g * GROUP + line * each + 2 * i));
                     }
-                }
+            }
             UNROLL for (int p = 0; p < panels; p++) {
                 const uint16_t *scales = (const uint16_t *)(b->panel[p] + g * bytes + lines * 64);
                 __m512 scale = (__m512)load_half(scales);
@@ -192,10 +193,11 @@ INLINE void dot_block(const int rows, const int panels, const int type, const in
 #endif
 
 // Panels that are multiplied at once: enough sums under way to hide an addition's latency, no more than there are registers.
-INLINE int panels_at_once(int rows) {
+INLINE int panels_at_once(int rows, int type) {
 #if LANES == 16
-    return rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
+    return rows <= 2 ? 4 : rows <= 4 || type == BF16 || type == F32 ? 2 : 1;
 #else
+    (void)type;
     return rows == 1 && LANES == 8 ? 2 : 1;
 #endif
 }
@@ -203,7 +205,7 @@ INLINE int panels_at_once(int rows) {
 #define ROWS_CASE(kind, rows, type, add)                                                 \
     case rows:                                                                           \
         if (panels == 1) kind##_block(rows, 1, type, add, b);                            \
-        else if (panels == 2 && rows <= 4) kind##_block(rows, 2, type, add, b);          \
+        else if (panels == 2 && (rows <= 4 || type <= BF16)) kind##_block(rows, 2, type, add, b);          \
         else if (panels == 4 && rows <= 2) kind##_block(rows, 4, type, add, b);          \
         break;
 #if LANES == 16
@@ -354,6 +356,7 @@ typedef struct {
     void *y;              // [rows rounded up to 16, ldy] floats; with gate as x
     long ldy;
     int panels_per_chunk, rows_per_chunk, row_chunks;
+    const char *name;     // for profiles
 } Run;
 
 INLINE void finish(const Run *run, const float *out, long ldo, int row, int rows, long panel, int panels, const float *gate) {
@@ -424,7 +427,7 @@ static void product_chunk(void *args, int chunk) {
     char *space = many ? scratch(8 * room) : NULL;
     for (int p = first, step; p < last; p += step) {
         int block = end - start < MAX_ROWS ? end - start : MAX_ROWS;
-        step = panels_at_once(block);
+        step = panels_at_once(block, many ? F32 : w->type);
         while (step > last - p) step /= 2;
         Block b[2] = {{.k = w->k, .out = out[0], .ldo = 64}, {.k = w->k, .out = out[1], .ldo = 64}};
         int type[2] = {w->type, gate ? gate->type : w->type};
@@ -442,8 +445,7 @@ static void product_chunk(void *args, int chunk) {
                 b[i].ldx = run->ldx;
                 b[i].ld_sums = w->k / GROUP;
                 b[i].sums = run->sums + row * b[i].ld_sums;
-                int wide = panels_at_once(rows) >= step ? step : panels_at_once(block);
-                multiply_block(rows, wide, type[i], dot, &b[i]);
+                multiply_block(rows, step, type[i], dot, &b[i]);
             }
             finish(run, out[0], 64, row, rows, p, step, gate ? out[1] : NULL);
         }
@@ -481,5 +483,5 @@ static void multiply(Run run, float *sums) {
     // Some ten chunks a thread, of at least 4 panels.
     int per_chunk = panels / (10 * (num_workers + 1)) / 4 * 4;
     run.panels_per_chunk = per_chunk < 4 ? 4 : per_chunk > 64 ? 64 : per_chunk;
-    run_phase(product_chunk, &run, (panels + run.panels_per_chunk - 1) / run.panels_per_chunk * run.row_chunks);
+    run_phase(run.name, product_chunk, &run, (panels + run.panels_per_chunk - 1) / run.panels_per_chunk * run.row_chunks);
 }
