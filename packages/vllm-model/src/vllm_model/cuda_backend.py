@@ -21,9 +21,10 @@ import triton.language as tl
 from vllm_model.decoder import Decoder, Layer
 from vllm_model.host_sampling import may_need_host, needs_host, sample_in_pieces, wanted_tokens
 from vllm_model.kernels._launch import compiled_together, launch, power_of_two
+from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.kernels.gemv import thin_linear
 from vllm_model.kernels.library_prefill import LEAST, can_use_library, library_prefill, padded
-from vllm_model.kernels.paged_decode import DecodePlan, paged_decode
+from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
 from vllm_model.kernels.rms_norm import rms_norm
