@@ -19,7 +19,6 @@ SPLITS = 16
 """Programs that share the prefix of one KV head."""
 PREFIX_TILE = 64
 """A shared prefix is a multiple of this many tokens."""
-BLOCK_M = 128
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -188,10 +187,11 @@ def attend_prefix(
     if rows > workspace.max_rows:
         raise ValueError(f"{rows} rows in a workspace for {workspace.max_rows}")
     # Wide heads: what fits into the 99 KB that a program has on small cards.
-    tile, stages = (PREFIX_TILE, 4) if head_dim <= 128 else (PREFIX_TILE // 2, 2)
+    block_m, tile, stages = (128, PREFIX_TILE, 4) if head_dim <= 128 else (64, PREFIX_TILE // 2, 2)
+    block_m = max(block_m, power_of_two(group))
     launch(
         _prefix_kernel,
-        (kv_heads * triton.cdiv(rows, BLOCK_M // group), SPLITS),
+        (kv_heads * triton.cdiv(rows, block_m // group), SPLITS),
         q,
         kv_cache,
         block_tables,
@@ -210,7 +210,7 @@ def attend_prefix(
         HEAD_DIM=head_dim,
         D_BLOCK=power_of_two(head_dim),
         BLOCK_SIZE=block_size,
-        M=BLOCK_M,
+        M=block_m,
         TILE=tile,
         SPLITS=SPLITS,
         STAGES=stages,
