@@ -46,7 +46,7 @@ class DecodeSteps:
         self._turn = 0
 
     def compile(self) -> None:
-        """What the steps need, within :meth:`Device.compiling`."""
+        """Launch what the steps need, for :meth:`Device.compile`."""
         first, last = self.sizes[0], self.sizes[-1]
         for size in sorted({first, min(2, last), min(64, last), last}):
             self._run(self._empty(size), size, "plain", False, torch.zeros)  # what is not launched leaves no token ids
@@ -70,8 +70,7 @@ class DecodeSteps:
         if found is None:
             found = self.graphs[key] = self._capture(*key)
         found.staged.copy_(self._stage(batch, size, prefix), non_blocking=True)
-        found.replay()
-        return found.tokens
+        return found.replay()
 
     def _stage(self, batch: Batch, size: int, prefix: SharedPrefix | None) -> torch.Tensor:
         """What a step sends: pinned int32 ``[FIELDS * size + LEADER]``."""

@@ -16,13 +16,13 @@ import torch
 from vllm_model.kernels._launch import compiled_together
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Graph:
-    """A captured step: fill ``staged``, replay, read ``tokens``."""
+    """A captured step: fill ``staged``, then replay."""
 
-    replay: Callable[[], None]
     staged: torch.Tensor
-    tokens: torch.Tensor
+    replay: Callable[[], torch.Tensor]
+    """Runs it and returns its tokens, always the same tensor on a CUDA device."""
 
 
 class Device:
@@ -49,11 +49,12 @@ class Device:
         with torch.inference_mode(), torch.cuda.stream(self._stream) if self._is_cuda else nullcontext():
             yield
 
-    @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Within it kernels are compiled, several at once, and not launched."""
-        with compiled_together(self.device) if self._is_cuda else nullcontext():
-            yield
+    def compile(self, *runs: Callable[[], object]) -> None:
+        """Compile what these would launch, several kernels at once; nothing is launched."""
+        if self._is_cuda:
+            with torch.inference_mode(), compiled_together(self.device):
+                for run in runs:
+                    run()
 
     def synchronize(self) -> None:
         """Wait for all that was given to the stream."""
@@ -77,19 +78,20 @@ class Device:
 
     def capture(self, staged: torch.Tensor, run: Callable[[], torch.Tensor]) -> Graph:
         """Run once, which compiles what is not compiled yet, then as a graph."""
-        tokens = run()
         if self._stream is None:
-
-            def again() -> None:
-                tokens.copy_(run())
-
-            return Graph(again, staged, tokens)
+            return Graph(staged, run)
+        run()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             tokens = run()
         self._pool = self._pool or graph.pool()
-        return Graph(graph.replay, staged, tokens)
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return tokens
+
+        return Graph(staged, replay)
 
     def mark(self) -> torch.cuda.Event | None:
         """An event behind all that was given to the stream; None where it is over already."""

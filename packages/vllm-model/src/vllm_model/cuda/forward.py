@@ -39,6 +39,7 @@ class Forward:
         self.config = decoder.config
         self.cache, self.tables = cache, tables
         self._decoder, self._pdl = decoder, device.pdl
+        self._thin_rows = THIN_ROWS if device.device.type == "cuda" else 0  # of interpreted kernels these are the slowest
         self._cos_sin = torch.cat(decoder.rotary, dim=1).contiguous()  # [max_len, head_dim]
         self.has_library = can_use_library(device.device, decoder.embedding.dtype, self.config.head_dim)
 
@@ -70,7 +71,7 @@ class Forward:
         make = residual.new_zeros if room > tokens else residual.new_empty
         qkv_room = make(room, width) if room else None
         q_room = make(room, config.num_heads, config.head_dim) if room else None
-        thin = tokens <= THIN_ROWS
+        thin = tokens <= self._thin_rows
         update: torch.Tensor | None = None
         for index, layer in enumerate(decoder.layers):
             qkv = self._qkv(layer, residual, update, thin, None if qkv_room is None else qkv_room[:tokens])
@@ -105,7 +106,7 @@ class Forward:
         """Of :meth:`layers`' hidden states: ``[rows, vocab_size]``."""
         decoder, pdl = self._decoder, self._pdl
         x = rms_norm(hidden, decoder.norm, self.config.rms_norm_eps, pdl=pdl)
-        return thin_linear(x, decoder.lm_head.weight, pdl=pdl) if len(x) <= THIN_ROWS else decoder.lm_head(x)
+        return thin_linear(x, decoder.lm_head.weight, pdl=pdl) if len(x) <= self._thin_rows else decoder.lm_head(x)
 
     def attend_prompt(self, q: torch.Tensor, qkv: torch.Tensor, start: int, length: int) -> torch.Tensor:
         """The library's attention of the whole prompt at ``start`` of the step; ``q`` and ``qkv`` have room behind it."""
