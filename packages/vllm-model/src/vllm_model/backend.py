@@ -15,6 +15,7 @@ from vllm_model.hub import resolve_model
 from vllm_model.kv_cache import PagedKvCache
 from vllm_model.loaders import LoadFormat, load_config, load_weights
 from vllm_model.model_config import ModelConfig
+from vllm_model.native import load_kernels
 from vllm_model.verifier import Indices
 from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelBackend, ModelSpec
 from vllm_traits.batch import Batch, BatchOutput, BatchState
@@ -64,17 +65,20 @@ class TorchBackend:
             eos_token_ids=config.eos_token_ids,
             max_draft_tokens=MAX_DRAFT_TOKENS,
         )
-        self.decoder: Decoder | None = Decoder(config, weights, self.spec.max_model_len)
-        self.device = self.decoder.embedding.device
-        self.dtype = self.decoder.embedding.dtype
+        self._take_weights(weights)
         self._kv_cache_memory_bytes = kv_cache_memory_bytes
         self._gpu_memory_utilization = gpu_memory_utilization
         self._cache: PagedKvCache | None = None
 
+    def _take_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        self.decoder: Decoder | None = Decoder(self.config, weights, self.spec.max_model_len)
+        self.device = self.decoder.embedding.device
+        self.dtype = self.decoder.embedding.dtype
+
     def kv_cache_budget(self, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> KvCacheBudget:
         config = self.config
         per_block = PagedKvCache.bytes_per_block(
-            config.num_layers, config.num_kv_heads, block_size, config.head_dim, self.dtype
+            config.num_layers, config.num_kv_heads, self._stored_tokens(block_size), config.head_dim, self.dtype
         )
         available = self._kv_cache_memory_bytes
         if available is None:
@@ -90,21 +94,20 @@ class TorchBackend:
         return KvCacheBudget(available_bytes=max(0, available), bytes_per_block=per_block)
 
     def initialize(self, state: BatchState, *, num_blocks: int, max_num_batched_tokens: int) -> None:
-        assert self.decoder is not None, "the backend is closed"
         config = self.config
         try:
             self._cache = PagedKvCache(
                 num_layers=config.num_layers,
                 num_blocks=num_blocks,
                 num_kv_heads=config.num_kv_heads,
-                block_size=state.block_size,
+                block_size=self._stored_tokens(state.block_size),
                 head_dim=config.head_dim,
                 dtype=self.dtype,
                 device=self.device,
             )
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise BackendOutOfMemoryError(f"{num_blocks} KV blocks do not fit into memory.") from error
-        self.decoder.attach(self._cache)
+        self._attach(self._cache, state.block_size)
 
     def submit(self, batch: Batch) -> CompletedStep:
         try:
@@ -119,23 +122,37 @@ class TorchBackend:
         self.decoder = self._cache = None
 
     def _run(self, batch: Batch) -> BatchOutput:
+        wanted, first = wanted_tokens(batch)
+        hidden = self._hidden(batch, wanted)
+
+        def logits_of(places: Indices) -> torch.Tensor:
+            return self._logits(hidden if len(places) == len(hidden) else hidden[torch.from_numpy(places).to(self.device)])
+
+        return sample_in_pieces(batch, logits_of, len(wanted), first)
+
+    def _stored_tokens(self, block_size: int) -> int:
+        """Tokens that a block has room for."""
+        return block_size
+
+    def _attach(self, cache: PagedKvCache, block_size: int) -> None:
+        assert self.decoder is not None, "the backend is closed"
+        self.decoder.attach(cache)
+
+    def _hidden(self, batch: Batch, wanted: Indices) -> torch.Tensor:
+        """The last hidden states of the wanted tokens: ``[len(wanted), hidden_size]``."""
         assert self.decoder is not None
         assert self._cache is not None
-        lens = batch.query_lens
-        positions = np.arange(batch.num_tokens) + np.repeat(batch.num_computed - batch.query_start[:-1], lens)
-        wanted, first = wanted_tokens(batch)
-        decoder = self.decoder
-        hidden = decoder.hidden(
+        positions = np.arange(batch.num_tokens) + np.repeat(batch.num_computed - batch.query_start[:-1], batch.query_lens)
+        return self.decoder.hidden(
             torch.from_numpy(batch.token_ids.astype(np.int64)).to(self.device),
             torch.from_numpy(positions).to(self.device),
             plan_attention(batch, self._cache, self.device),
             None if len(wanted) == batch.num_tokens else torch.from_numpy(wanted).to(self.device),
         )
 
-        def logits_of(places: Indices) -> torch.Tensor:
-            return decoder.logits(hidden if len(places) == len(hidden) else hidden[torch.from_numpy(places).to(self.device)])
-
-        return sample_in_pieces(batch, logits_of, len(wanted), first)
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self.decoder is not None
+        return self.decoder.logits(hidden)
 
 
 def load_backend(
@@ -180,7 +197,7 @@ def load_backend(
     config = load_config(path)
     where = _device(device)
     if where.type == "cpu":
-        torch.set_num_threads(num_threads or usable_cores())
+        _set_threads(num_threads or usable_cores())
     computed = _dtype(dtype, config, where)
     settings: dict[str, Any] = {
         "name": path.stem if path.suffix == ".gguf" else path.name,
@@ -209,6 +226,21 @@ def _backend_class(config: ModelConfig, device: torch.device, dtype: torch.dtype
 
         return CudaBackend
     return TorchBackend
+
+
+def _set_threads(num_threads: int) -> None:
+    """Of torch, and of the compiled kernels where there are any."""
+    torch.set_num_threads(num_threads)
+    kernels = load_kernels()
+    if kernels is not None:
+        kernels.set_threads(num_threads)
+
+
+def can_run_native(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether the compiled kernels have this shape and dtype."""
+    widths = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+    fits = config.head_dim % 16 == 0 and config.head_dim <= 256 and config.num_heads // config.num_kv_heads <= 64
+    return fits and all(width % 16 == 0 for width in widths) and dtype in (torch.float32, torch.bfloat16)
 
 
 def usable_cores() -> int:

@@ -46,7 +46,9 @@ class NativeDecoder:
         embedding = self._packed([weights.pop("model.embed_tokens.weight")])[0]
         head = embedding if config.tie_word_embeddings else self._packed([weights.pop("lm_head.weight")])[0]
         self._head = head
-        layers = (LayerStruct * config.num_layers)(*(self._layer(weights, f"model.layers.{i}") for i in range(config.num_layers)))
+        layers = (LayerStruct * config.num_layers)(
+            *(self._layer(weights, f"model.layers.{i}") for i in range(config.num_layers))
+        )
         norm = weights.pop("model.norm.weight")
         assert not weights, f"weights without a use: {list(weights)[:3]}"
         cos, sin = rotary_tables(config.rope, config.head_dim, max_len)

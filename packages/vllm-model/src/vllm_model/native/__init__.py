@@ -4,19 +4,23 @@ The structures are those of ``decoder.c`` and ``products.h``, field by field.
 """
 
 import ctypes
+import logging
 import os
-import platform
-import sys
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 
-from vllm_model.native.build import VARIANTS, library_path, machine
+from vllm_model.native import build
+from vllm_model.native.build import VARIANTS, fingerprint, library_path, machine
 from vllm_model.quantization import GROUP, QuantizedTensor, Weight
+from vllm_traits.batch import FloatArray, LongArray
 from vllm_traits.errors import BackendOutOfMemoryError
+
+logger = logging.getLogger(__name__)
 
 F32, BF16, INT4, INT8 = range(4)
 PANEL: Final = 16
@@ -87,6 +91,19 @@ class StepStruct(Structure):
     ]
 
 
+class DrawStruct(Structure):
+    _fields_ = [
+        ("logits", c_void_p),
+        ("stride", c_int64),
+        ("rows", c_int32),
+        ("vocab_size", c_int32),
+        ("temperature", c_void_p),
+        ("seeds", c_void_p),
+        ("positions", c_void_p),
+        ("tokens", c_void_p),
+    ]
+
+
 class PackingStruct(Structure):
     _fields_ = [
         ("type", c_int32),
@@ -114,9 +131,43 @@ def load_kernels() -> ctypes.CDLL | None:
         path = library_path(name)
         if has >= NEEDED[name] and path.exists():
             library = _typed(ctypes.CDLL(str(path)))
-            if library.set_threads(1) == 0:
+            if library.sources().decode() != fingerprint():
+                logger.warning("%s is of other sources and not used; build it anew with `python %s`.", path, build.__file__)
+            elif library.set_threads(1) == 0:
                 return library
     return None
+
+
+def draw_tokens(
+    kernels: ctypes.CDLL, logits: torch.Tensor, temperature: FloatArray, seeds: LongArray, positions: LongArray
+) -> torch.Tensor:
+    """The tokens of rows of logits: the greatest, with the noise of :mod:`vllm_model.noise` where there is a temperature.
+
+    Args:
+        logits: float32 ``[rows, vocab_size]``, the last dimension contiguous.
+        temperature: float32 ``[rows]``, 0 is greedy.
+        seeds, positions: int64 ``[rows]``.
+
+    Returns:
+        int64 ``[rows]``.
+    """
+    assert logits.stride(1) == 1
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    temperature, seeds, positions = (np.ascontiguousarray(part) for part in (temperature, seeds, positions))
+    assert (temperature.dtype, seeds.dtype, positions.dtype) == (np.float32, np.int64, np.int64)
+    kernels.draw(
+        DrawStruct(
+            logits=logits.data_ptr(),
+            stride=logits.stride(0),
+            rows=len(logits),
+            vocab_size=logits.shape[1],
+            temperature=temperature.ctypes.data,
+            seeds=seeds.ctypes.data,
+            positions=positions.ctypes.data,
+            tokens=tokens.data_ptr(),
+        )
+    )
+    return tokens
 
 
 def _features() -> set[str]:
@@ -132,6 +183,9 @@ def _features() -> set[str]:
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.decoder_hidden.argtypes = [POINTER(DecoderStruct), POINTER(StepStruct)]
     library.product.argtypes = [POINTER(ProductStruct), c_int32, c_void_p, c_int32, c_void_p]
+    library.draw.argtypes = [POINTER(DrawStruct)]
+    library.draw.restype = None
+    library.sources.restype = ctypes.c_char_p
     library.pack.argtypes = [POINTER(PackingStruct)]
     library.pack.restype = None
     library.packed_bytes.argtypes = [c_int32, c_int64, c_int64]

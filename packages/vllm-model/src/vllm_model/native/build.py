@@ -4,6 +4,7 @@ Run when the package is installed (``hatch_build.py``), and by hand after a chan
 compiler nothing is built, and the model runs on torch's own operations.
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -36,6 +37,12 @@ def library_path(variant: str, folder: Path = HERE) -> Path:
     return folder / f"libkernels-{variant}.so"
 
 
+def fingerprint() -> str:
+    """Of the sources, which a library carries too."""
+    files = sorted([*HERE.glob("*.c"), *HERE.glob("*.h"), HERE / "build.py"])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def build(folder: Path = HERE, options: tuple[str, ...] = ()) -> list[Path]:
     """Compile what this machine's compiler can, in parallel; returns what there is now."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
@@ -45,7 +52,8 @@ def build(folder: Path = HERE, options: tuple[str, ...] = ()) -> list[Path]:
     for variant, flags in VARIANTS.get(machine(), {}).items():
         path = library_path(variant, folder)
         part = path.with_suffix(f".{os.getpid()}")  # so that a program that runs keeps the file it has loaded
-        command = [compiler, *OPTIONS, *flags, *options, str(HERE / "decoder.c"), "-o", str(part), "-lm", "-lpthread"]
+        named = f'-DSOURCES="{fingerprint()}"'
+        command = [compiler, *OPTIONS, *flags, *options, named, str(HERE / "decoder.c"), "-o", str(part), "-lm", "-lpthread"]
         running[path] = part, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     built = []
     for path, (part, process) in running.items():

@@ -1,6 +1,7 @@
 // A step of a decoder on the CPU: embedding, layers, last norm; and logits. Called through ctypes by native/__init__.py, which
 // holds the same structures. All numbers between products are floats; only what products and the cache take is rounded.
 #include "attention.h"
+#include "sampling.h"
 
 #if HAVE_TILES && defined(__linux__)
 #include <sys/syscall.h>
@@ -345,6 +346,12 @@ int product(const Product *w, int dot, const float *x, int rows, float *out) {
     return 0;
 }
 
+void draw(const Draw *d) {
+    pthread_mutex_lock(&step_lock);
+    run_phase("draw", draw_phase, (void *)d, d->rows);
+    pthread_mutex_unlock(&step_lock);
+}
+
 // --- packing ---
 
 typedef struct {
@@ -400,6 +407,12 @@ int64_t packed_bytes(int type, int64_t n, int64_t k) { return (n + PANEL - 1) / 
 // --- set-up ---
 
 int has_dot(void) { return HAVE_DOT; }
+
+#ifndef SOURCES
+#define SOURCES ""
+#endif
+// What build.py says the sources were.
+const char *sources(void) { return SOURCES; }
 
 // Threads from now on, the caller of a step among them; 0, or -1 if the matrix unit is not ours to use.
 int set_threads(int num_threads) {
