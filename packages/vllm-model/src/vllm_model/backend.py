@@ -208,7 +208,7 @@ def load_backend(
     backend = _backend_class(config, where, computed)
     if kv_cache_dtype != "auto":
         # Triton converts to and from e4m3 from this capability on.
-        if backend is TorchBackend or torch.cuda.get_device_capability(where) < (8, 9):
+        if where.type != "cuda" or computed == torch.float32 or torch.cuda.get_device_capability(where) < (8, 9):
             raise ConfigError(
                 f"kv_cache_dtype is {kv_cache_dtype!r}, which needs bfloat16 or float16 on a CUDA device of compute capability "
                 f"8.9 or more; for {settings['name']} on {where} there is only auto."
@@ -219,7 +219,11 @@ def load_backend(
 
 
 def _backend_class(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> "type[TorchBackend] | type[CudaBackend]":
-    """Our kernels where they run: half precision on a CUDA device with Triton."""
+    """Our kernels where they run: compiled ones on the CPU, Triton's in half precision on a CUDA device."""
+    if device.type == "cpu" and load_kernels() is not None and can_run_native(config, dtype):
+        from vllm_model.native_backend import NativeBackend
+
+        return NativeBackend
     half = device.type == "cuda" and dtype != torch.float32
     if half and 16 <= config.head_dim <= 256 and importlib.util.find_spec("triton") is not None:
         from vllm_model.cuda_backend import CudaBackend

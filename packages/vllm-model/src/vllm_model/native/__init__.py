@@ -35,10 +35,14 @@ NEEDED: Final = {
 
 
 class ProductStruct(Structure):
+    """``Product`` of ``products.h``."""
+
     _fields_ = [("type", c_int32), ("n", c_int32), ("k", c_int32), ("data", c_void_p), ("bias", c_void_p)]
 
 
 class LayerStruct(Structure):
+    """``Layer`` of ``decoder.c``."""
+
     _fields_ = [
         ("input_norm", c_void_p),
         ("qkv", POINTER(ProductStruct)),
@@ -55,6 +59,8 @@ class LayerStruct(Structure):
 
 
 class DecoderStruct(Structure):
+    """``Decoder`` of ``decoder.c``."""
+
     _fields_ = [
         ("dot", c_int32),
         ("num_layers", c_int32),
@@ -76,6 +82,8 @@ class DecoderStruct(Structure):
 
 
 class StepStruct(Structure):
+    """``Step`` of ``decoder.c``."""
+
     _fields_ = [
         ("num_tokens", c_int32),
         ("num_rows", c_int32),
@@ -92,6 +100,8 @@ class StepStruct(Structure):
 
 
 class DrawStruct(Structure):
+    """``Draw`` of ``sampling.h``."""
+
     _fields_ = [
         ("logits", c_void_p),
         ("stride", c_int64),
@@ -105,6 +115,8 @@ class DrawStruct(Structure):
 
 
 class PackingStruct(Structure):
+    """``Packing`` of ``decoder.c``."""
+
     _fields_ = [
         ("type", c_int32),
         ("n", c_int32),
@@ -126,16 +138,20 @@ def load_kernels() -> ctypes.CDLL | None:
     most = os.environ.get("VLLM_CPU_ISA")
     if most is not None:
         names = names[names.index(most) :] if most in names else []
-    has = _features()
-    for name in names:
-        path = library_path(name)
-        if has >= NEEDED[name] and path.exists():
-            library = _typed(ctypes.CDLL(str(path)))
-            if library.sources().decode() != fingerprint():
-                logger.warning("%s is of other sources and not used; build it anew with `python %s`.", path, build.__file__)
-            elif library.set_threads(1) == 0:
-                return library
-    return None
+    return next((kernels for kernels in map(load_variant, names) if kernels is not None), None)
+
+
+@cache
+def load_variant(name: str) -> ctypes.CDLL | None:
+    """One variant, with one thread so far; None if it is not built, or not for this processor."""
+    path = library_path(name)
+    if not _features() >= NEEDED[name] or not path.exists():
+        return None
+    library = _typed(ctypes.CDLL(str(path)))
+    if library.sources().decode() != fingerprint():
+        logger.warning("%s was built from other sources and is not used; `python %s` builds it anew.", path, build.__file__)
+        return None
+    return library if library.set_threads(1) == 0 else None
 
 
 def draw_tokens(

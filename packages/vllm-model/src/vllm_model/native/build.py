@@ -54,7 +54,7 @@ def build(folder: Path = HERE, options: tuple[str, ...] = ()) -> list[Path]:
         part = path.with_suffix(f".{os.getpid()}")  # so that a program that runs keeps the file it has loaded
         named = f'-DSOURCES="{fingerprint()}"'
         command = [compiler, *OPTIONS, *flags, *options, named, str(HERE / "decoder.c"), "-o", str(part), "-lm", "-lpthread"]
-        running[path] = part, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        running[path] = part, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # noqa: S603 - our own sources
     built = []
     for path, (part, process) in running.items():
         errors = process.communicate()[1]
