@@ -3,18 +3,19 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 import torch
 
 from vllm_model.attention import plan_attention
-from vllm_model.decoder import Decoder
+from vllm_model.decoder import Decoder, Weights
 from vllm_model.host_sampling import PIECE, sample_in_pieces, wanted_tokens
 from vllm_model.hub import resolve_model
 from vllm_model.kv_cache import PagedKvCache
 from vllm_model.loaders import LoadFormat, load_config, load_weights
 from vllm_model.model_config import ModelConfig
+from vllm_model.quantization import Quantization
 from vllm_model.verifier import Indices
 from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelBackend, ModelSpec
 from vllm_traits.batch import Batch, BatchOutput, BatchState
@@ -45,7 +46,7 @@ class TorchBackend:
     def __init__(
         self,
         config: ModelConfig,
-        weights: dict[str, torch.Tensor],
+        weights: Weights,
         *,
         name: str = "model",
         max_model_len: int | None = None,
@@ -63,8 +64,8 @@ class TorchBackend:
             max_draft_tokens=MAX_DRAFT_TOKENS,
         )
         self.decoder: Decoder | None = Decoder(config, weights, self.spec.max_model_len)
-        self.device = self.decoder.embedding.device
-        self.dtype = self.decoder.embedding.dtype
+        self.device = self.decoder.device
+        self.dtype = self.decoder.dtype
         self._kv_cache_memory_bytes = kv_cache_memory_bytes
         self._gpu_memory_utilization = gpu_memory_utilization
         self._cache: PagedKvCache | None = None
@@ -142,7 +143,7 @@ def load_backend(
     dtype: str = "auto",
     device: str = "auto",
     load_format: LoadFormat = "auto",
-    quantization: str | None = None,
+    quantization: Quantization | None = None,
     max_model_len: int | None = None,
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
@@ -157,7 +158,8 @@ def load_backend(
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         load_format: ``dummy`` makes random weights from the configuration alone.
-        quantization: Must be None: quantized files are computed in ``dtype``.
+        quantization: None: packed weights of a GGUF file stay packed on the CPU; on a GPU they are dequantized. ``none``:
+            dequantized everywhere. ``int8``, ``int4``: weights are quantized as they are loaded, on the CPU only.
         seed: Of dummy weights.
         num_threads: Of torch on the CPU; None: the cores that this process may use.
 
@@ -165,8 +167,9 @@ def load_backend(
         ConfigError: A setting is wrong.
         ModelLoadError: The model cannot be read.
     """
-    if quantization is not None:
-        raise ConfigError(f"quantization is {quantization!r}; only None is supported (GGUF files are computed in dtype).")
+    if quantization is not None and quantization not in get_args(Quantization):
+        known = ", ".join(get_args(Quantization))
+        raise ConfigError(f"quantization is {quantization!r}; it must be one of {known}, or None: as the file stores it.")
     if not 0 < gpu_memory_utilization <= 1:
         raise ConfigError(f"gpu_memory_utilization is {gpu_memory_utilization}; it must be above 0 and at most 1.")
     path = resolve_model(model, revision=revision)
@@ -174,10 +177,17 @@ def load_backend(
     where = _device(device)
     if where.type == "cpu":
         torch.set_num_threads(num_threads or usable_cores())
-    weights = load_weights(path, config, dtype=_dtype(dtype, config, where), device=where, load_format=load_format, seed=seed)
-    return _backend_class(config, weights)(
+    if where.type != "cpu":
+        if quantization in ("int8", "int4"):
+            raise ConfigError(f"quantization {quantization!r} is for the CPU; on {where} weights are float: leave it out.")
+        quantization = "none"
+    kind = _dtype(dtype, config, where)
+    weights = load_weights(
+        path, config, dtype=kind, device=where, load_format=load_format, quantization=quantization, seed=seed
+    )
+    return _backend_class(config, where, kind)(
         config,
-        weights,
+        cast("dict[str, torch.Tensor]", weights),  # they are, on a GPU; on the CPU some are quantized
         name=path.stem if path.suffix == ".gguf" else path.name,
         max_model_len=max_model_len,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
@@ -185,10 +195,9 @@ def load_backend(
     )
 
 
-def _backend_class(config: ModelConfig, weights: dict[str, torch.Tensor]) -> "type[TorchBackend] | type[CudaBackend]":
+def _backend_class(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> "type[TorchBackend] | type[CudaBackend]":
     """Our kernels where they run: half precision on a CUDA device with Triton."""
-    embedding = weights["model.embed_tokens.weight"]
-    half = embedding.device.type == "cuda" and embedding.dtype != torch.float32
+    half = device.type == "cuda" and dtype != torch.float32
     if half and 16 <= config.head_dim <= 256 and importlib.util.find_spec("triton") is not None:
         from vllm_model.cuda_backend import CudaBackend
 
