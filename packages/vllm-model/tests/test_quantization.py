@@ -1,9 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_model.quantization import GROUP, QuantizedTensor, concatenated, quantizable, quantize
+from vllm_model.quantization import GROUP, QuantizedTensor, as_asked, concatenated, quantizable, quantize
 
 
 def random_weight(rows: int = 24, width: int = 128, seed: int = 0) -> torch.Tensor:
@@ -66,6 +68,7 @@ def test_rows_are_chosen_and_joined(bits: int) -> None:
     assert torch.equal(whole.rows(order).dequantize(torch.float32), plain[order])
     assert torch.equal(whole.rows(slice(2, 9)).dequantize(torch.float32), plain[2:9])
     joined = concatenated([whole.rows(slice(0, 10)), whole.rows(slice(10, None))])
+    assert isinstance(joined, QuantizedTensor)
     assert torch.equal(joined.dequantize(torch.float32), plain)
     assert joined.nbytes == whole.nbytes == 24 * 128 * bits // 8 + 24 * 4 * (4 if bits == 4 else 2)
 
@@ -82,3 +85,38 @@ def test_what_can_be_quantized() -> None:
     assert not quantizable((8, 48))
     assert not quantizable((64,))
     assert isinstance(quantize(torch.zeros(1, 32, dtype=torch.bfloat16), 4), QuantizedTensor)
+
+
+
+LAYER, HEAD = "model.layers.0.mlp.up_proj.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "asked", "bits"),
+    [
+        (LAYER, 4, None, 4),
+        (LAYER, 4, "int8", 4),
+        (LAYER, 8, "int4", 4),
+        (LAYER, None, None, None),
+        (LAYER, None, "int8", 8),
+        (LAYER, None, "int4", 4),
+        (HEAD, None, "int4", 8),
+        (HEAD, 4, "int4", 4),
+        (LAYER, 4, "none", None),
+        (LAYER, None, "none", None),
+    ],
+)
+def test_what_is_asked_of_what_is_stored(name: str, stored: Any, asked: Any, bits: int | None) -> None:
+    plain = random_weight()
+    got = as_asked(name, plain if stored is None else quantize(plain, stored), asked, torch.bfloat16)
+    assert (got.bits if isinstance(got, QuantizedTensor) else None) == bits
+    if bits is None:
+        assert isinstance(got, torch.Tensor)
+        assert got.dtype == torch.bfloat16
+
+
+def test_norms_and_odd_widths_stay_floating_point() -> None:
+    for weight in (torch.ones(64), torch.ones(4, 48)):
+        got = as_asked(LAYER, weight, "int4", torch.float16)
+        assert isinstance(got, torch.Tensor)
+        assert got.dtype == torch.float16

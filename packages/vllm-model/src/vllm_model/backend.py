@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from vllm_model.kv_cache import PagedKvCache
 from vllm_model.loaders import LoadFormat, load_config, load_weights
 from vllm_model.model_config import ModelConfig
 from vllm_model.native import load_kernels
+from vllm_model.quantization import Quantization, Weight
 from vllm_model.verifier import Indices
 from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelBackend, ModelSpec
 from vllm_traits.batch import Batch, BatchOutput, BatchState
@@ -48,7 +49,7 @@ class TorchBackend:
     def __init__(
         self,
         config: ModelConfig,
-        weights: dict[str, torch.Tensor],
+        weights: dict[str, Weight],
         *,
         name: str = "model",
         max_model_len: int | None = None,
@@ -70,8 +71,9 @@ class TorchBackend:
         self._gpu_memory_utilization = gpu_memory_utilization
         self._cache: PagedKvCache | None = None
 
-    def _take_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        self.decoder: Decoder | None = Decoder(self.config, weights, self.spec.max_model_len)
+    def _take_weights(self, weights: dict[str, Weight]) -> None:
+        floats = cast("dict[str, torch.Tensor]", weights)  # load_backend has them dequantized
+        self.decoder: Decoder | None = Decoder(self.config, floats, self.spec.max_model_len)
         self.device = self.decoder.embedding.device
         self.dtype = self.decoder.embedding.dtype
 
@@ -161,7 +163,7 @@ def load_backend(
     dtype: str = "auto",
     device: str = "auto",
     load_format: LoadFormat = "auto",
-    quantization: str | None = None,
+    quantization: Quantization | None = None,
     max_model_len: int | None = None,
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
@@ -177,7 +179,9 @@ def load_backend(
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         load_format: ``dummy`` makes random weights from the configuration alone.
-        quantization: Must be None: quantized files are computed in ``dtype``.
+        quantization: None: packed weights of a GGUF file stay packed where there are compiled kernels for the CPU, elsewhere
+            they are dequantized. ``none``: dequantized everywhere. ``int8``, ``int4``: weights are quantized as they are
+            loaded, with compiled kernels only.
         kv_cache_dtype: ``auto``: what is computed in; ``fp8`` or ``fp8_e4m3``: e4m3 with a scale a head, half the memory, in
             half precision on a CUDA device that knows it.
         seed: Of dummy weights.
@@ -187,8 +191,9 @@ def load_backend(
         ConfigError: A setting is wrong.
         ModelLoadError: The model cannot be read.
     """
-    if quantization is not None:
-        raise ConfigError(f"quantization is {quantization!r}; only None is supported (GGUF files are computed in dtype).")
+    if quantization is not None and quantization not in get_args(Quantization):
+        known = ", ".join(get_args(Quantization))
+        raise ConfigError(f"quantization is {quantization!r}; it must be one of {known}, or None: as the file stores it.")
     if not 0 < gpu_memory_utilization <= 1:
         raise ConfigError(f"gpu_memory_utilization is {gpu_memory_utilization}; it must be above 0 and at most 1.")
     if kv_cache_dtype not in KV_CACHE_DTYPES:
@@ -205,6 +210,14 @@ def load_backend(
         "kv_cache_memory_bytes": kv_cache_memory_bytes,
         "gpu_memory_utilization": gpu_memory_utilization,
     }
+    native = where.type == "cpu" and can_run_native(config, computed)
+    if not native:
+        if quantization in ("int8", "int4"):
+            raise ConfigError(
+                f"quantization {quantization!r} needs the compiled kernels of the CPU, which {path.name} in {dtype} on "
+                f"{where} does not run on: leave it out."
+            )
+        quantization = "none"
     backend = _backend_class(config, where, computed)
     if kv_cache_dtype != "auto":
         # Triton converts to and from e4m3 from this capability on.
@@ -214,16 +227,18 @@ def load_backend(
                 f"8.9 or more; for {settings['name']} on {where} there is only auto."
             )
         settings["kv_cache_dtype"] = torch.float8_e4m3fn
-    weights = load_weights(path, config, dtype=computed, device=where, load_format=load_format, seed=seed)
-    return backend(config, weights, **settings)
+    weights = load_weights(
+        path, config, dtype=computed, device=where, load_format=load_format, quantization=quantization, seed=seed
+    )
+    if native:
+        from vllm_model.native_backend import NativeBackend
+
+        return NativeBackend(config, weights, **settings)
+    return backend(config, cast("Any", weights), **settings)  # none of them quantized
 
 
 def _backend_class(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> "type[TorchBackend] | type[CudaBackend]":
-    """Our kernels where they run: compiled ones on the CPU, Triton's in half precision on a CUDA device."""
-    if device.type == "cpu" and load_kernels() is not None and can_run_native(config, dtype):
-        from vllm_model.native_backend import NativeBackend
-
-        return NativeBackend
+    """Our kernels where they run: half precision on a CUDA device with Triton."""
     half = device.type == "cuda" and dtype != torch.float32
     if half and 16 <= config.head_dim <= 256 and importlib.util.find_spec("triton") is not None:
         from vllm_model.cuda_backend import CudaBackend
@@ -241,7 +256,9 @@ def _set_threads(num_threads: int) -> None:
 
 
 def can_run_native(config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Whether the compiled kernels have this shape and dtype."""
+    """Whether there are compiled kernels, and for this shape and dtype."""
+    if load_kernels() is None:
+        return False
     widths = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
     fits = config.head_dim % 16 == 0 and config.head_dim <= 256 and config.num_heads // config.num_kv_heads <= 64
     return fits and all(width % 16 == 0 for width in widths) and dtype in (torch.float32, torch.bfloat16)

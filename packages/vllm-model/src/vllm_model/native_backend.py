@@ -14,7 +14,7 @@ from vllm_traits.batch import Batch
 class NativeBackend(TorchBackend):
     """Runs a :class:`NativeDecoder`. Arguments as :class:`~vllm_model.backend.TorchBackend`."""
 
-    def _take_weights(self, weights: dict[str, Weight]) -> None:  # type: ignore[override]
+    def _take_weights(self, weights: dict[str, Weight]) -> None:
         kernels = load_kernels()
         assert kernels is not None
         norm = weights["model.norm.weight"]

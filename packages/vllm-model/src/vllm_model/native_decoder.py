@@ -49,7 +49,8 @@ class NativeDecoder:
         layers = (LayerStruct * config.num_layers)(
             *(self._layer(weights, f"model.layers.{i}") for i in range(config.num_layers))
         )
-        norm = weights.pop("model.norm.weight")
+        norm = _plain(weights, "model.norm.weight")
+        assert norm is not None
         assert not weights, f"weights without a use: {list(weights)[:3]}"
         cos, sin = rotary_tables(config.rope, config.head_dim, max_len)
         self._layers = layers
@@ -114,11 +115,11 @@ class NativeDecoder:
 
     def _layer(self, weights: dict[str, Weight], prefix: str) -> LayerStruct:
         def named(*names: str) -> list[PackedWeight]:
-            biases = [weights.pop(f"{prefix}.{name}.bias", None) for name in names]
+            biases = [_plain(weights, f"{prefix}.{name}.bias") for name in names]
             return self._packed([weights.pop(f"{prefix}.{name}.weight") for name in names], biases)
 
         def norm(name: str) -> int | None:
-            weight = weights.pop(f"{prefix}.{name}.weight", None)
+            weight = _plain(weights, f"{prefix}.{name}.weight")
             return None if weight is None else self._floats(weight)
 
         qkv = [packed.struct for packed in named("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
@@ -137,12 +138,12 @@ class NativeDecoder:
             down=named("mlp.down_proj")[0].struct,
         )
 
-    def _packed(self, parts: list[Weight], biases: Sequence[Weight | None] = (None,)) -> list[PackedWeight]:
+    def _packed(self, parts: list[Weight], biases: Sequence[torch.Tensor | None] = (None,)) -> list[PackedWeight]:
         """One product of all parts if they are of one kind, else one of each."""
-        if len(parts) > 1 and len({_kind(part) for part in parts}) == 1:
+        joined = _joined(parts)
+        if joined is not None:
             given = [torch.zeros(part.shape[0]) if bias is None else bias for part, bias in zip(parts, biases, strict=True)]
-            joined = None if all(bias is None for bias in biases) else torch.cat(given)
-            parts, biases = [_concatenated(parts)], [joined]
+            parts, biases = [joined], [None if all(bias is None for bias in biases) else torch.cat(given)]
         packed = [PackedWeight(self._kernels, part, bias) for part, bias in zip(parts, biases, strict=True)]
         self._kept += packed
         self.nbytes += sum(one.nbytes for one in packed)
@@ -154,9 +155,16 @@ class NativeDecoder:
         return kept.data_ptr()
 
 
-def _kind(weight: Weight) -> object:
-    return weight.bits if isinstance(weight, QuantizedTensor) else weight.dtype
+def _plain(weights: dict[str, Weight], name: str) -> torch.Tensor | None:
+    """What is never quantized, if it is there."""
+    weight = weights.pop(name, None)
+    assert not isinstance(weight, QuantizedTensor)
+    return weight
 
 
-def _concatenated(parts: list[Weight]) -> Weight:
-    return concatenated(parts) if isinstance(parts[0], QuantizedTensor) else torch.cat(parts)
+def _joined(parts: list[Weight]) -> Weight | None:
+    floats = [part for part in parts if isinstance(part, torch.Tensor)]
+    quantized = [part for part in parts if isinstance(part, QuantizedTensor)]
+    if not quantized:
+        return torch.cat(floats)
+    return concatenated(quantized) if not floats and len({part.bits for part in quantized}) == 1 else None

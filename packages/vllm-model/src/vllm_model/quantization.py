@@ -19,6 +19,8 @@ REFITS: Final = 2
 """Times that a group's line is fitted again to the 4 bit values it led to."""
 
 Bits = Literal[4, 8]
+Quantization = Literal["none", "int8", "int4"]
+"""What to make of weights: dequantize them, or at most so many bits; None in its place: leave them as they are stored."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,6 +104,30 @@ def concatenated(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
 def quantizable(shape: Sequence[int]) -> bool:
     """Whether a weight of this shape has groups: a matrix whose rows are a multiple of 32."""
     return len(shape) == 2 and shape[1] % GROUP == 0
+
+
+def as_asked(name: str, weight: Weight, quantization: Quantization | None, dtype: torch.dtype) -> Weight:
+    """A stored weight as ``quantization`` wants it; what stays floating point in ``dtype``.
+
+    What is stored in no more bits than asked stays as it is: more would not bring back what is lost. With ``int4`` the
+    embedding and the head get 8 bits: errors of the one are in all that follows, those of the other in the logits themselves.
+    """
+    bits = _bits(name, quantization)
+    if isinstance(weight, QuantizedTensor):
+        if quantization == "none":
+            return weight.dequantize(dtype)
+        if bits is None or weight.bits <= bits:
+            return weight
+        weight = weight.dequantize(torch.float32)
+    if bits is not None and quantizable(weight.shape):
+        return quantize(weight, bits)
+    return weight.to(dtype)
+
+
+def _bits(name: str, quantization: Quantization | None) -> Bits | None:
+    if quantization == "int4":
+        return 8 if name in ("model.embed_tokens.weight", "lm_head.weight") else 4
+    return 8 if quantization == "int8" else None
 
 
 def quantize(weight: torch.Tensor, bits: Bits) -> QuantizedTensor:

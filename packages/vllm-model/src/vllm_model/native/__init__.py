@@ -169,8 +169,8 @@ def draw_tokens(
     """
     assert logits.stride(1) == 1
     tokens = torch.empty(len(logits), dtype=torch.int64)
-    temperature, seeds, positions = (np.ascontiguousarray(part) for part in (temperature, seeds, positions))
-    assert (temperature.dtype, seeds.dtype, positions.dtype) == (np.float32, np.int64, np.int64)
+    temperature = np.ascontiguousarray(temperature, np.float32)
+    seeds, positions = np.ascontiguousarray(seeds, np.int64), np.ascontiguousarray(positions, np.int64)
     kernels.draw(
         DrawStruct(
             logits=logits.data_ptr(),
