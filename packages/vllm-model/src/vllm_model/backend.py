@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from vllm_traits.errors import BackendError, BackendOutOfMemoryError, ConfigErro
 if TYPE_CHECKING:
     from vllm_model.cuda_backend import CudaBackend
 
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
+"""What the KV cache may hold: what is computed in, or numbers of eight bits."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_DRAFT_TOKENS = 16
 """Most guesses in a row; beyond it even free guesses that are mostly right no longer pay."""
@@ -147,6 +149,7 @@ def load_backend(
     max_model_len: int | None = None,
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
+    kv_cache_dtype: str = "auto",
     seed: int = 0,
     num_threads: int | None = None,
     revision: str | None = None,
@@ -160,6 +163,8 @@ def load_backend(
         load_format: ``dummy`` makes random weights from the configuration alone.
         quantization: None: packed weights of a GGUF file stay packed on the CPU; on a GPU they are dequantized. ``none``:
             dequantized everywhere. ``int8``, ``int4``: weights are quantized as they are loaded, on the CPU only.
+        kv_cache_dtype: ``auto``: what is computed in; ``fp8`` or ``fp8_e4m3``: e4m3 with a scale a head, half the memory, in
+            half precision on a CUDA device that knows it.
         seed: Of dummy weights.
         num_threads: Of torch on the CPU; None: the cores that this process may use.
 
@@ -172,27 +177,38 @@ def load_backend(
         raise ConfigError(f"quantization is {quantization!r}; it must be one of {known}, or None: as the file stores it.")
     if not 0 < gpu_memory_utilization <= 1:
         raise ConfigError(f"gpu_memory_utilization is {gpu_memory_utilization}; it must be above 0 and at most 1.")
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}; it must be one of {', '.join(KV_CACHE_DTYPES)}.")
     path = resolve_model(model, revision=revision)
     config = load_config(path)
     where = _device(device)
     if where.type == "cpu":
         torch.set_num_threads(num_threads or usable_cores())
-    if where.type != "cpu":
+    else:
         if quantization in ("int8", "int4"):
             raise ConfigError(f"quantization {quantization!r} is for the CPU; on {where} weights are float: leave it out.")
         quantization = "none"
-    kind = _dtype(dtype, config, where)
+    computed = _dtype(dtype, config, where)
+    settings: dict[str, Any] = {
+        "name": path.stem if path.suffix == ".gguf" else path.name,
+        "max_model_len": max_model_len,
+        "kv_cache_memory_bytes": kv_cache_memory_bytes,
+        "gpu_memory_utilization": gpu_memory_utilization,
+    }
+    backend = _backend_class(config, where, computed)
+    if kv_cache_dtype != "auto":
+        # Triton converts to and from e4m3 from this capability on.
+        if backend is TorchBackend or torch.cuda.get_device_capability(where) < (8, 9):
+            raise ConfigError(
+                f"kv_cache_dtype is {kv_cache_dtype!r}, which needs bfloat16 or float16 on a CUDA device of compute capability "
+                f"8.9 or more; for {settings['name']} on {where} there is only auto."
+            )
+        settings["kv_cache_dtype"] = torch.float8_e4m3fn
     weights = load_weights(
-        path, config, dtype=kind, device=where, load_format=load_format, quantization=quantization, seed=seed
+        path, config, dtype=computed, device=where, load_format=load_format, quantization=quantization, seed=seed
     )
-    return _backend_class(config, where, kind)(
-        config,
-        cast("dict[str, torch.Tensor]", weights),  # they are, on a GPU; on the CPU some are quantized
-        name=path.stem if path.suffix == ".gguf" else path.name,
-        max_model_len=max_model_len,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-    )
+    # On a GPU none is quantized.
+    return backend(config, cast("dict[str, torch.Tensor]", weights), **settings)
 
 
 def _backend_class(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> "type[TorchBackend] | type[CudaBackend]":
