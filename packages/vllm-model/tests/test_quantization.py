@@ -87,7 +87,6 @@ def test_what_can_be_quantized() -> None:
     assert isinstance(quantize(torch.zeros(1, 32, dtype=torch.bfloat16), 4), QuantizedTensor)
 
 
-
 LAYER, HEAD = "model.layers.0.mlp.up_proj.weight", "lm_head.weight"
 
 
