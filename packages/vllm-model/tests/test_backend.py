@@ -11,6 +11,7 @@ from vllm_core import Engine, EngineConfig, SamplingParams
 from vllm_model import load_backend
 from vllm_model.backend import TorchBackend, free_memory_bytes, usable_cores
 from vllm_model.loaders import load_config, load_weights
+from vllm_model.native_backend import NativeBackend
 from vllm_model.quantization import QuantizedTensor
 from vllm_traits import BatchState, conformance
 from vllm_traits.errors import BackendOutOfMemoryError, ConfigError, KvCacheTooSmallError, UnsupportedModelError
@@ -101,8 +102,8 @@ def test_quantized_models_say_what_the_dequantized_ones_say(random_model: Callab
     assert kinds["down_proj"] is kinds["norm"] is torch.Tensor
     plain = {name: w.dequantize(torch.float32) if isinstance(w, QuantizedTensor) else w for name, w in weights.items()}
     prompt, logprobs = list(range(30)), []
-    for some in (weights, plain):
-        engine = Engine(TorchBackend(config, some, kv_cache_memory_bytes=1 << 22))
+    for kind, some in ((NativeBackend, weights), (TorchBackend, plain)):
+        engine = Engine(kind(config, some, kv_cache_memory_bytes=1 << 22))
         output = engine.add_request("a", prompt, SamplingParams(temperature=0, max_tokens=8, logprobs=0))
         while engine.has_unfinished_requests():
             engine.step()
@@ -130,7 +131,7 @@ def test_wrong_settings_are_named(folder: Path, settings: dict[str, Any], messag
 
 def test_quantizing_for_a_gpu_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with pytest.raises(ConfigError, match=r"'int4' is for the CPU.*leave it out"):
+    with pytest.raises(ConfigError, match=r"'int4' needs the compiled kernels.*leave it out"):
         load_backend(folder, device="cuda", quantization="int4")
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_model.attention import plan_attention
-from vllm_model.backend import load_backend
+from vllm_model.backend import TorchBackend, load_backend
+from vllm_model.native_backend import NativeBackend
 from vllm_traits import BatchState
 from vllm_traits.conformance import batch_of
 
@@ -39,14 +39,33 @@ def error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours.double() - reference.double()).abs().max() / reference.abs().max())
 
 
+def backend_of(folder: Path, kernels: str, monkeypatch: pytest.MonkeyPatch) -> TorchBackend:
+    """On the compiled kernels, or on torch's operations."""
+    if kernels == "torch":
+        monkeypatch.setattr("vllm_model.backend.load_kernels", lambda: None)
+    backend = load_backend(folder)
+    assert isinstance(backend, TorchBackend)
+    assert isinstance(backend, NativeBackend) == (kernels == "compiled")
+    assert backend.dtype == torch.float32
+    return backend
+
+
+KERNELS = pytest.mark.parametrize("kernels", ["compiled", "torch"])
+
+
+@KERNELS
 @pytest.mark.parametrize(("architecture", "changes"), MODELS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(MODELS)])
 def test_logits_are_those_of_transformers(
-    architecture: str, changes: dict[str, Any], random_model: Callable[..., tuple[Path, Any]]
+    architecture: str,
+    changes: dict[str, Any],
+    kernels: str,
+    random_model: Callable[..., tuple[Path, Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if kernels == "compiled" and changes.get("head_dim", 8) % 16:
+        changes = changes | {"head_dim": 16}
     folder, reference = random_model(architecture, **changes)
-    backend = load_backend(folder)
-    assert backend.dtype == torch.float32
-    assert backend.decoder is not None
+    backend = backend_of(folder, kernels, monkeypatch)
     state = BatchState(4, backend.spec.max_model_len, 16)
     backend.initialize(state, num_blocks=40, max_num_batched_tokens=512)
     rng = np.random.default_rng(0)
@@ -63,16 +82,8 @@ def test_logits_are_those_of_transformers(
         for (slot, _), end in zip(rows, ends, strict=True):
             state.num_tokens[slot] = end
         batch = batch_of(state, rows)
-        positions = np.concatenate([np.arange(start, end) for (_, start), end in zip(rows, ends, strict=True)])
-        assert backend.decoder is not None
-        assert backend._cache is not None
         with torch.inference_mode():
-            return backend.decoder.forward(
-                torch.from_numpy(batch.token_ids.astype(np.int64)),
-                torch.from_numpy(positions),
-                plan_attention(batch, backend._cache, backend.device),
-                None,
-            )
+            return backend._logits(backend._hidden(batch, np.arange(batch.num_tokens)))
 
     with torch.inference_mode():
         expected = [
@@ -89,19 +100,19 @@ def test_logits_are_those_of_transformers(
     assert error(torch.cat([first[7:], second[8:], third[1:]]), expected[0]) < 1e-4
 
 
-def test_last_layer_runs_only_the_rows_that_are_wanted(random_model: Callable[..., tuple[Path, Any]]) -> None:
-    folder, _ = random_model("LlamaForCausalLM")
-    backend = load_backend(folder)
+@KERNELS
+def test_last_layer_runs_only_the_rows_that_are_wanted(
+    kernels: str, random_model: Callable[..., tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = random_model("LlamaForCausalLM", head_dim=16)
+    backend = backend_of(folder, kernels, monkeypatch)
     state = BatchState(1, 64, 16)
     backend.initialize(state, num_blocks=4, max_num_batched_tokens=64)
     state.token_ids[0, :10] = np.arange(10)
     state.num_tokens[0] = 10
     batch = batch_of(state, [(0, 0)])
-    assert backend.decoder is not None
-    assert backend._cache is not None
-    tokens, positions = torch.arange(10), torch.arange(10)
-    plan = plan_attention(batch, backend._cache, backend.device)
     with torch.inference_mode():
-        every = backend.decoder.forward(tokens, positions, plan, None)
-        some = backend.decoder.forward(tokens, positions, plan, torch.tensor([3, 9]))
+        every = backend._hidden(batch, np.arange(10))
+        some = backend._hidden(batch, np.array([3, 9]))
     torch.testing.assert_close(some, every[[3, 9]])
+    assert len(backend._hidden(batch, np.array([], np.int64))) == 0  # a chunk of a prompt

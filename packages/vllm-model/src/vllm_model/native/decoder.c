@@ -282,6 +282,7 @@ static void run_layer(Work *work, int last) {
             memmove(work->residual + (long)i * d->hidden, work->residual + step->wanted[i] * d->hidden, d->hidden * 4);
         }
         work->rows = step->num_wanted;
+        if (!work->rows) return;  // a chunk of a prompt: keys and values were all
     }
     multiply((Run){.name = "o", .w = &layer->o, .x = work->attended, .ldx = all, .rows = work->rows, .dot = dot, .add = 1, .y = work->residual,
                    .ldy = d->hidden}, work->sums);
@@ -332,6 +333,7 @@ int decoder_hidden(const Decoder *decoder, const Step *step) {
 
 // Floats [rows, hidden] times a product's weights: floats [rows rounded up to 16, n rounded up to 16]; 0 or -1 as above.
 int product(const Product *w, int dot, const float *x, int rows, float *out) {
+    if (!rows) return 0;
     long ld = padded(w->k), width = dot ? 2 : 4;
     size_t inputs = padded(rows) * ld * width, sums = FEW_ROWS * (w->k / GROUP + 1) * 4;
     pthread_mutex_lock(&step_lock);

@@ -21,7 +21,7 @@ static _Atomic uint32_t chunks_done;
 static _Atomic int num_asleep;
 static phase_fn phase_function;
 static void *phase_args;
-static int num_workers;  // threads beside the caller
+static _Atomic int num_workers;  // threads beside the caller; changed under pool_lock
 static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t pool_wake = PTHREAD_COND_INITIALIZER;
 
@@ -65,7 +65,7 @@ static void *worker(void *arg) {
         pthread_mutex_lock(&pool_lock);
         atomic_fetch_add(&num_asleep, 1);
         seen = atomic_load(&ticket);
-        if (NEXT_OF(seen) >= CHUNKS_OF(seen)) pthread_cond_wait(&pool_wake, &pool_lock);
+        if (NEXT_OF(seen) >= CHUNKS_OF(seen) && number < num_workers) pthread_cond_wait(&pool_wake, &pool_lock);
         atomic_fetch_sub(&num_asleep, 1);
         pthread_mutex_unlock(&pool_lock);
     }
@@ -73,7 +73,7 @@ static void *worker(void *arg) {
 }
 
 static void run_chunks(phase_fn function, void *args, int chunks) {
-    if (chunks == 1 || num_workers == 0) {
+    if (chunks <= 1 || num_workers == 0) {
         for (int i = 0; i < chunks; i++) function(args, i);
         return;
     }
