@@ -13,8 +13,7 @@ from vllm_model.cuda.plans import FEW_ROWS, DecodePlans
 from vllm_model.cuda.rows import DeviceRows, sampling_mode
 from vllm_model.cuda.shared_rows import SharedPrefix, SharedPrefixes
 from vllm_model.kernels._launch import power_of_two
-from vllm_model.kernels.paged_decode import paged_decode
-from vllm_model.kernels.shared_prefix import PREFIX_TILE, PrefixWorkspace, attend_prefix, join_prefix
+from vllm_model.kernels.shared_prefix import PREFIX_TILE, PrefixWorkspace, join_prefix
 from vllm_traits.batch import Batch
 
 GRAPH_SIZES = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16))
@@ -117,11 +116,10 @@ class DecodeSteps:
         plan = self._plans.update(seq_lens, slots, forward.tables, skips)
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-            cache = forward.cache.layers[layer]
             if skips is None:
-                return paged_decode(q, cache, plan, pdl=pdl)
-            attend_prefix(q, cache, forward.tables, staged[FIELDS * size :], workspace, pdl=pdl)
-            out = paged_decode(q, cache, plan, lse=workspace.lse, pdl=pdl)
+                return forward.attend_single(layer, q, plan)
+            forward.attend_prefix(layer, q, staged[FIELDS * size :], workspace)
+            out = forward.attend_single(layer, q, plan, workspace.lse)
             join_prefix(out, skips, workspace, pdl=pdl)
             return out
 

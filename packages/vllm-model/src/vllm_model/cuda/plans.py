@@ -3,7 +3,7 @@
 import torch
 
 from vllm_model.cuda.device import Device
-from vllm_model.kernels.paged_decode import DecodePlan
+from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.model_config import ModelConfig
 
 FEW_ROWS = 16

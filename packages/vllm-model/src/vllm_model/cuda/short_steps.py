@@ -23,7 +23,6 @@ from vllm_model.cuda.plans import FEW_ROWS, DecodePlans
 from vllm_model.cuda.rows import DeviceRows, sampling_mode
 from vllm_model.kernels._launch import launch
 from vllm_model.kernels.accept import accept
-from vllm_model.kernels.paged_decode import paged_decode
 from vllm_traits.batch import Batch
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -127,7 +126,7 @@ class ShortSteps:
         self, staged: torch.Tensor, size: int, width: int, mode: str, make: Callable[..., torch.Tensor] = torch.empty
     ) -> torch.Tensor:
         """Everything between what was sent and the accepted tokens, int32 ``[size, width]``."""
-        forward, rows, pdl = self._forward, self._rows, self._device.pdl
+        forward, rows = self._forward, self._rows
         num, room = size * width, _up(size * width)
         _, positions, slots, sampled_slots, *_ = staged[: TOKEN_FIELDS * room].view(-1, room)[:, :num]
         row_slots, lens, starts, first, counts = staged[TOKEN_FIELDS * room :].view(ROW_FIELDS, -1)[:, :size]
@@ -137,7 +136,7 @@ class ShortSteps:
         plan = self._plans.update(lens, row_slots, forward.tables)
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-            return paged_decode(q, forward.cache.layers[layer], plan, queries=width, first_positions=starts, pdl=pdl)
+            return forward.attend_few(layer, q, plan, width, starts)
 
         hidden = forward.layers(token_ids, positions, slots, attend)
         drawn = self._sampler.draw(forward.logits(hidden), sampled_slots, positions + 1, mode)
