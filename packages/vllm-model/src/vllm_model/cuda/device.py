@@ -92,7 +92,21 @@ class Device:
         if self._stream is None:
             return Graph(staged, run)
         run()
-        self._stream.synchronize()
+        try:
+            graph, tokens = self._record(run)
+        except torch.OutOfMemoryError:
+            self.reclaim()  # while a graph is recorded, memory that is cached cannot be given back for it
+            graph, tokens = self._record(run)
+        self._pool = self._pool or graph.pool()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return tokens
+
+        return Graph(staged, replay)
+
+    def _record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        self.synchronize()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool)
         try:
@@ -102,13 +116,7 @@ class Device:
                 graph.capture_end()
             raise
         graph.capture_end()
-        self._pool = self._pool or graph.pool()
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return tokens
-
-        return Graph(staged, replay)
+        return graph, tokens
 
     def taken_by(self, run: Callable[[], object]) -> tuple[int, int]:
         """Bytes that ``run`` takes of the device for good, and of torch's memory at its highest."""

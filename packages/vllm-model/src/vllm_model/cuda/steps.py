@@ -4,7 +4,7 @@ import numpy as np
 
 from vllm_model.cuda.chunk_steps import ChunkSteps
 from vllm_model.cuda.decode_steps import LEAST_GRAPHS, DecodeSteps
-from vllm_model.cuda.device import Device
+from vllm_model.cuda.device import Device, Graph
 from vllm_model.cuda.device_sampler import DeviceSampler
 from vllm_model.cuda.finish import Finisher, RunningStep
 from vllm_model.cuda.forward import Forward
@@ -75,7 +75,8 @@ class Steps:
         device = self._device
         device.compile(self.decode.compile, self.short.compile, self.loose.compile)
         _, peak = device.taken_by(self.loose.run_widest)
-        widest, _ = device.taken_by(lambda: (self.chunk.capture_widest(), self.decode.capture_widest()))
+        graphs = list[Graph]()  # while one is there, others may share its memory
+        widest, _ = device.taken_by(lambda: graphs.extend(self.chunk.capture_widest() + self.decode.capture_widest()))
         few, _ = device.taken_by(self.decode.capture_least)
         more = few // LEAST_GRAPHS * GRAPHS_ON_DEMAND
         return peak + widest + more + SPARE_BYTES
