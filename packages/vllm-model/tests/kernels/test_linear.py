@@ -45,9 +45,7 @@ def run(
     if norm_weight is not None:
         squares = torch.stack([each.float().square().sum(1) for each in x.tensor_split(parts, dim=1)], 1)
         given = Scaled((x.float() * norm_weight.float()).to(dtype), squares.contiguous())
-    expected = linear_reference(
-        x.double(), weight.double(), None if norm_weight is None else norm_weight.double(), EPS, silu
-    )
+    expected = linear_reference(x.double(), weight.double(), None if norm_weight is None else norm_weight.double(), EPS, silu)
     for _ in range(2):  # the second run finds the counters as the first left them
         out = torch.full((rows, n), float("nan"), dtype=dtype, device=device)
         assert linear(given, weight, config, silu=silu, eps=EPS, out=out, workspace=workspace, pdl=pdl) is out
@@ -56,7 +54,14 @@ def run(
 
 
 def run_residual(
-    rows: int, n: int, k: int, config: LinearConfig, device: str, check: Check, dtype: torch.dtype | None = None, pdl: bool = False
+    rows: int,
+    n: int,
+    k: int,
+    config: LinearConfig,
+    device: str,
+    check: Check,
+    dtype: torch.dtype | None = None,
+    pdl: bool = False,
 ) -> None:
     dtype = dtype or kind(device)
     x = torch.randn(rows, k, device=device).to(dtype)
