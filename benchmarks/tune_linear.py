@@ -2,9 +2,9 @@
 
     python benchmarks/tune_linear.py [OUTPUT.json]
 
-Kernels are compiled by several processes first, then timed by one: microseconds in a graph in which each kernel waits for the one
-before it, over the weights of as many layers as the second-level cache does not hold. Layers are measured without attention, with
-every choice of library and own products.
+Kernels are compiled by several processes first, then timed by one: microseconds in a graph in which each kernel waits for the
+one before it, over the weights of as many layers as the second-level cache does not hold. Layers are measured without
+attention, with every choice of library and own products.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ class Layers:
     """Some layers without attention."""
 
     def __init__(self, model: str, rows: int) -> None:
-        width, inner, self.heads = MODELS[model]
+        width, _, self.heads = MODELS[model]
         shapes = products(model)
         count = 16 if model == "0.6B" else 5
         self.layers = [
@@ -175,7 +176,7 @@ def main() -> None:
                     flush=True,
                 )
     if sys.argv[1:]:
-        with open(sys.argv[1], "w") as file:
+        with Path(sys.argv[1]).open("w") as file:
             json.dump(
                 {
                     "own": {k: [(us, list(vars(c).values())) for us, c in v[:40]] for k, v in found.items()},

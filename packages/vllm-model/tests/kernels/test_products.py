@@ -10,7 +10,7 @@ from vllm_model.products import ResidualStream
 OURS = LinearConfig(16, 16, 16, num_stages=2)
 
 
-@pytest.mark.parametrize("choice", itertools.product([None, OURS], repeat=4))
+@pytest.mark.parametrize("choice", list(itertools.product([None, OURS], repeat=4)))
 def test_every_choice_gives_the_same_layer(
     choice: tuple[LinearConfig | None, ...], device: str, check: Callable[..., None]
 ) -> None:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, misc"
-# ruff: noqa: N803, N806  constexprs are upper case in Triton
+# ruff: noqa: N803, SIM102  constexprs are upper case in Triton, and decide alone whether a branch is compiled
 """Linear layers for some 3 to 256 rows, where reading the weights and starting kernels cost more than the arithmetic.
 
 Tiles come by the copy engine (tensor descriptors) into a load pipeline. Each program asks for its first weights to be brought
@@ -16,9 +16,6 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
-
-PREFETCH_BYTES = 512
-"""Of one instruction that brings weights into the second-level cache."""
 
 
 @triton.jit
@@ -204,7 +201,7 @@ def linear(
     workspace: LinearWorkspace | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """``y = x @ weight.T``, of the normalised rows where ``x`` is :class:`Scaled`; with ``silu``: ``silu(y[:, :n]) * y[:, n:]``.
+    """``y = x @ weight.T``, of normalised rows where ``x`` is :class:`Scaled`; with ``silu``: ``silu(y[:, :n]) * y[:, n:]``.
 
     Args:
         x: ``[rows, k]`` bf16 or fp16, or scaled; :func:`fits` must hold.
