@@ -122,7 +122,7 @@ def test_a_shared_prefix_changes_nothing(random_model: Callable[..., tuple[Path,
         outputs = [engine.add_request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
         while engine.has_unfinished_requests():
             engine.step()
-        shared_graphs = [key for key in engine.target_model._graphs if key[2]]  # type: ignore[attr-defined]
+        shared_graphs = [key for key in engine.target_model.steps.decode.graphs if key[2]]  # type: ignore[attr-defined]
         assert bool(shared_graphs) == shared
         return [output.outputs[0].token_ids for output in outputs]
 

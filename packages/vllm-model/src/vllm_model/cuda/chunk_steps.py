@@ -1,0 +1,106 @@
+# mypy: disable-error-code="no-untyped-call"
+"""Steps with prompts as graphs of a few sizes: launched one by one, their kernels take longer than a small model."""
+
+import numpy as np
+import torch
+
+from vllm_model.cuda.device import Device, Graph
+from vllm_model.cuda.device_sampler import DeviceSampler
+from vllm_model.cuda.finish import RING
+from vllm_model.cuda.forward import THIN_ROWS, Forward
+from vllm_model.cuda.rows import DeviceRows, sampling_mode
+from vllm_model.kernels.library_prefill import LEAST, padded
+from vllm_model.kernels.paged_prefill import paged_prefill
+from vllm_traits.batch import Batch
+
+CHUNK_PARTS = (1, 2, 4, 8)
+"""The graphs' sizes as parts of the longest step."""
+CHUNK_ROW_FIELDS = 6
+"""Of a row that the host sends: slot, start, position, last token, slot to sample for, position to sample."""
+
+
+class ChunkSteps:
+    """Replays them.
+
+    Args:
+        device: Where.
+        forward, rows, sampler: What the steps are made of.
+        max_num_batched_tokens: Tokens of the longest step.
+    """
+
+    def __init__(
+        self, device: Device, forward: Forward, rows: DeviceRows, sampler: DeviceSampler, max_num_batched_tokens: int
+    ) -> None:
+        self._device, self._forward, self._rows, self._sampler = device, forward, rows, sampler
+        self._sizes = sorted(max_num_batched_tokens // part for part in CHUNK_PARTS)
+        self._graphs: dict[int, Graph] = {}
+        self._prompt: Graph | None = None
+        """Of the longest step when it is the beginning of one prompt."""
+        self._row_room = -(-(rows.max_num_seqs + 1) // 4) * 4
+        room = 3 * max_num_batched_tokens + CHUNK_ROW_FIELDS * self._row_room
+        self._staging = [device.pinned(room) for _ in range(RING)]
+        self._turn = 0
+
+    def capture_all(self) -> None:
+        """The graphs of all sizes, the largest first."""
+        for size in reversed(self._sizes if self._sizes[0] > THIN_ROWS else []):
+            self._graphs[size] = self._capture(size, as_prompt=False)
+        longest = self._sizes[-1]
+        if self._forward.has_library and LEAST <= longest == padded(longest):
+            self._prompt = self._capture(longest, as_prompt=True)
+
+    def size_for(self, batch: Batch) -> int | None:
+        """Tokens of the graph that runs this step, if there is one."""
+        if (batch.num_draft > 0).any() or 2 * batch.num_tokens <= self._sizes[0]:
+            return None
+        size = next((size for size in self._sizes if size >= batch.num_tokens), 0)
+        fits = size in self._graphs and sampling_mode(batch.state, batch.slots[batch.sample]) != "filtered"
+        return size if fits else None
+
+    def run(self, batch: Batch, size: int) -> torch.Tensor:
+        """Start a step in the graph of that size: its tokens, int32 ``[rows or more]``."""
+        self._rows.send_blocks(batch)
+        lens, n, end = batch.query_lens, batch.num_rows, batch.num_tokens
+        whole = n == 1 and batch.num_computed[0] == 0 and end == self._sizes[-1]
+        graph = self._prompt if whole and self._prompt is not None else self._graphs[size]
+        self._turn += 1
+        pinned = self._staging[self._turn % RING][: len(graph.staged)]
+        ints = pinned.numpy()
+        tokens, rows = ints[: 3 * size].reshape(3, size), ints[3 * size :].reshape(CHUNK_ROW_FIELDS, -1)
+        member = np.repeat(np.arange(n), lens)
+        tokens[0, :end], tokens[0, end:] = batch.token_ids, 0
+        tokens[1, :end], tokens[1, end:] = np.arange(end) + (batch.num_computed - batch.query_start[:-1])[member], 0
+        tokens[2, :end], tokens[2, end:] = batch.slots[member], -1
+        rows[0, :n], rows[0, n:] = batch.slots, -1
+        rows[1, : n + 1], rows[1, n + 1 :] = batch.query_start, end
+        rows[2, :n], rows[2, n:] = batch.num_computed, 0
+        rows[3, :n], rows[3, n:] = batch.query_start[1:] - 1, 0
+        rows[4, :n], rows[4, n:] = np.where(batch.sample, batch.slots, -1), -1
+        rows[5, :n], rows[5, n:] = batch.num_computed + lens, 0
+        graph.staged.copy_(pinned, non_blocking=True)
+        graph.replay()
+        return graph.tokens
+
+    def _capture(self, size: int, *, as_prompt: bool) -> Graph:
+        """A step of up to ``size`` tokens of any rows, or of that many of one prompt from its beginning."""
+        forward, room, most = self._forward, self._row_room, self._rows.max_num_seqs
+        staged = torch.zeros(3 * size + CHUNK_ROW_FIELDS * room, dtype=torch.int32, device=self._device.device)
+        tokens, rows = staged[: 3 * size].view(3, size), staged[3 * size :].view(CHUNK_ROW_FIELDS, room)
+        tokens[2], rows[0], rows[4] = -1, -1, -1  # nothing is written
+
+        def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+            if as_prompt:
+                return forward.attend_prompt(q, qkv, 0, size)
+            cache = forward.cache.layers[layer]
+            return paged_prefill(q, cache, forward.tables, rows[0, :most], rows[1, : most + 1], rows[2, :most])
+
+        def run() -> torch.Tensor:
+            last = self._rows.last_token[tokens[2].clamp(min=0)]
+            token_ids = torch.where(tokens[0] < 0, last, tokens[0])
+            keep = rows[3, :most].long()
+            hidden = forward.layers(token_ids, tokens[1], tokens[2], attend, keep, room=size if as_prompt else 0)
+            drawn = self._sampler.draw(forward.logits(hidden), rows[4, :most], rows[5, :most], "plain")
+            self._rows.keep(drawn, rows[4, :most])
+            return drawn
+
+        return self._device.capture(staged, run)

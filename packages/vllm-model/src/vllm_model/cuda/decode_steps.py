@@ -1,0 +1,122 @@
+# mypy: disable-error-code="no-untyped-call"
+"""Steps of one token a row: graphs of the next larger size, from what the host sent to the sampled tokens."""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_model.cuda.device import Device, Graph
+from vllm_model.cuda.device_sampler import DeviceSampler
+from vllm_model.cuda.finish import RING
+from vllm_model.cuda.forward import Forward
+from vllm_model.cuda.plans import FEW_ROWS, DecodePlans
+from vllm_model.cuda.rows import DeviceRows, sampling_mode
+from vllm_model.cuda.shared_rows import SharedPrefix, SharedPrefixes
+from vllm_model.kernels._launch import power_of_two
+from vllm_model.kernels.paged_decode import paged_decode
+from vllm_model.kernels.shared_prefix import PREFIX_TILE, PrefixWorkspace, attend_prefix, join_prefix
+from vllm_traits.batch import Batch
+
+GRAPH_SIZES = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16))
+"""Rows that graphs are captured for."""
+FIELDS = 6
+"""Of a row that the host sends: the five of :meth:`DeviceRows.stage`, and how much of it is shared."""
+LEADER = 4
+"""Behind the rows: a slot with the shared prefix, its length, and room."""
+
+
+class DecodeSteps:
+    """Replays and captures them.
+
+    Args:
+        device: Where.
+        forward, rows, sampler, plans: What the steps are made of.
+    """
+
+    def __init__(self, device: Device, forward: Forward, rows: DeviceRows, sampler: DeviceSampler, plans: DecodePlans) -> None:
+        self._device, self._forward, self._rows, self._sampler, self._plans = device, forward, rows, sampler, plans
+        config, most = forward.config, rows.max_num_seqs
+        self.sizes = [*(size for size in GRAPH_SIZES if size < most), most]
+        self.graphs: dict[tuple[int, str, bool], Graph] = {}
+        """By rows, mode of sampling, and whether a shared prefix is read apart."""
+        self.prefixes = SharedPrefixes()
+        self._can_share = plans.of(most).config.tile <= PREFIX_TILE
+        self._prefix_workspace = PrefixWorkspace(most, config.num_heads, config.head_dim, device.device)
+        self._staging = [device.pinned(FIELDS * most + LEADER) for _ in range(RING)]
+        self._turn = 0
+
+    def compile(self) -> None:
+        """What the steps need, within :meth:`Device.compiling`."""
+        first, last = self.sizes[0], self.sizes[-1]
+        for size in sorted({first, min(2, last), min(64, last), last}):
+            self._run(self._empty(size), size, "plain", False, torch.zeros)  # what is not launched leaves no token ids
+        if last > FEW_ROWS:
+            self._run(self._empty(last), last, "plain", True, torch.zeros)
+
+    def capture_all(self) -> None:
+        """The graphs of all sizes, the largest first: the others fit into its memory."""
+        for size in reversed(self.sizes):
+            self.graphs[size, "plain", False] = self._capture(size, "plain", False)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Start a step: its tokens, int32 ``[rows or more]``."""
+        size = next(size for size in self.sizes if size >= batch.num_rows)
+        mode = sampling_mode(batch.state, batch.slots)
+        prefix = self.prefixes.of(batch) if self._can_share else None
+        if prefix is not None:  # few sizes, since each is captured on demand
+            size = min(power_of_two(size), self.sizes[-1])
+        key = (size, mode, prefix is not None)
+        found = self.graphs.get(key)
+        if found is None:
+            found = self.graphs[key] = self._capture(*key)
+        found.staged.copy_(self._stage(batch, size, prefix), non_blocking=True)
+        found.replay()
+        return found.tokens
+
+    def _stage(self, batch: Batch, size: int, prefix: SharedPrefix | None) -> torch.Tensor:
+        """What a step sends: pinned int32 ``[FIELDS * size + LEADER]``."""
+        self._turn += 1
+        pinned = self._staging[self._turn % RING][: FIELDS * size + LEADER]
+        ints = pinned.numpy()
+        staged = ints[: FIELDS * size].reshape(FIELDS, size)
+        if prefix is not None:
+            staged[5] = 0
+            staged[5, : batch.num_rows] = prefix.members * prefix.length
+            ints[FIELDS * size :] = prefix.leader, prefix.length, 0, 0
+        self._rows.stage(batch, staged)
+        return pinned
+
+    def _empty(self, size: int) -> torch.Tensor:
+        """Staged rows that touch nothing."""
+        staged = torch.full((FIELDS * size + LEADER,), -1, dtype=torch.int32, device=self._device.device)
+        staged[(FIELDS - 1) * size :] = 0
+        return staged
+
+    def _capture(self, size: int, mode: str, shared: bool) -> Graph:
+        staged = self._empty(size)
+        return self._device.capture(staged, lambda: self._run(staged, size, mode, shared))
+
+    def _run(
+        self, staged: torch.Tensor, size: int, mode: str, shared: bool, make: Callable[..., torch.Tensor] = torch.empty
+    ) -> torch.Tensor:
+        """Everything between the staged rows and the tokens, int32 ``[size]``."""
+        forward, workspace, pdl = self._forward, self._prefix_workspace, self._device.pdl
+        ints = make(4, -(-size // 4) * 4, dtype=torch.int32, device=self._device.device)[:, :size]
+        self._rows.begin(staged, ints)
+        token_ids, positions, slots, seq_lens = ints
+        skips = staged[(FIELDS - 1) * size : FIELDS * size] if shared else None
+        plan = self._plans.update(seq_lens, slots, forward.tables, skips)
+
+        def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+            cache = forward.cache.layers[layer]
+            if skips is None:
+                return paged_decode(q, cache, plan, pdl=pdl)
+            attend_prefix(q, cache, forward.tables, staged[FIELDS * size :], workspace, pdl=pdl)
+            out = paged_decode(q, cache, plan, lse=workspace.lse, pdl=pdl)
+            join_prefix(out, skips, workspace, pdl=pdl)
+            return out
+
+        hidden = forward.layers(token_ids, positions, slots, attend)
+        tokens = self._sampler.draw(forward.logits(hidden), slots, positions + 1, mode)
+        self._rows.keep(tokens, slots)
+        return tokens

@@ -1,0 +1,100 @@
+# mypy: disable-error-code="no-untyped-call"
+"""One device, the one stream on which a backend's work runs, and what the host exchanges with it.
+
+Without a CUDA device, for Triton's interpreter, work runs at once and a graph runs anew what it captured.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_model.kernels._launch import compiled_together
+
+
+@dataclass(slots=True)
+class Graph:
+    """A captured step: fill ``staged``, replay, read ``tokens``."""
+
+    replay: Callable[[], None]
+    staged: torch.Tensor
+    tokens: torch.Tensor
+
+
+class Device:
+    """A device as a backend uses it.
+
+    Args:
+        device: ``cuda:N``, or ``cpu`` for the interpreter.
+
+    Attributes:
+        pdl: Whether kernels may be launched before the ones ahead have ended (programmatic dependent launch).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._is_cuda = device.type == "cuda"
+        nvidia = self._is_cuda and torch.version.hip is None
+        self.pdl = nvidia and torch.cuda.get_device_capability(device)[0] >= 9
+        self._stream = torch.cuda.Stream(device) if self._is_cuda else None
+        self._pool: Any = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within it, work goes to the stream."""
+        with torch.inference_mode(), torch.cuda.stream(self._stream) if self._is_cuda else nullcontext():
+            yield
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Within it kernels are compiled, several at once, and not launched."""
+        with compiled_together(self.device) if self._is_cuda else nullcontext():
+            yield
+
+    def synchronize(self) -> None:
+        """Wait for all that was given to the stream."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def pinned(self, size: int) -> torch.Tensor:
+        """Memory of the host that the device reads and writes by itself: int32 ``[size]``."""
+        return torch.zeros(size, dtype=torch.int32, pin_memory=self._is_cuda)
+
+    def send(self, array: npt.NDArray[np.generic], dtype: npt.DTypeLike) -> torch.Tensor:
+        """A copy on the device."""
+        host = torch.from_numpy(np.array(array, dtype, order="C", ndmin=1))
+        return host.pin_memory().to(self.device, non_blocking=True) if self._is_cuda else host
+
+    def send_aligned(self, *arrays: npt.NDArray[np.integer]) -> list[torch.Tensor]:
+        """Copies as int32 in one transfer; each begins at whole 16 bytes: kernels are compiled for one alignment."""
+        flat = self.send(np.concatenate([np.pad(array, (0, -len(array) % 4)) for array in arrays]), np.int32)
+        places = np.cumsum([0, *(len(array) + -len(array) % 4 for array in arrays)]).tolist()
+        return [flat[at : at + len(array)] for at, array in zip(places, arrays, strict=False)]
+
+    def capture(self, staged: torch.Tensor, run: Callable[[], torch.Tensor]) -> Graph:
+        """Run once, which compiles what is not compiled yet, then as a graph."""
+        tokens = run()
+        if self._stream is None:
+
+            def again() -> None:
+                tokens.copy_(run())
+
+            return Graph(again, staged, tokens)
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            tokens = run()
+        self._pool = self._pool or graph.pool()
+        return Graph(graph.replay, staged, tokens)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event behind all that was given to the stream; None where it is over already."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event

@@ -1,0 +1,54 @@
+# mypy: disable-error-code="no-untyped-call"
+"""How a step's tokens come back: into one of a few places in the host's memory, read once the event behind them has passed."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_model.cuda.device import Device
+from vllm_traits.batch import Batch, BatchOutput
+from vllm_traits.errors import BackendError
+
+RING = 4
+"""Steps whose tokens may wait to be read."""
+
+
+class RunningStep:
+    """A step under way: its tokens lie in one place of the ring once the event has passed."""
+
+    def __init__(self, tokens: torch.Tensor, event: torch.cuda.Event | None, sample: npt.NDArray[np.bool_], width: int) -> None:
+        self._tokens, self._event, self._sample, self._width = tokens, event, sample, width
+
+    def done(self) -> bool:
+        return self._event is None or bool(self._event.query())
+
+    def result(self) -> BatchOutput:
+        try:
+            if self._event is not None:
+                self._event.synchronize()
+        except RuntimeError as error:
+            raise BackendError(f"A step failed on the device: {error}") from error
+        rows = len(self._sample)
+        tokens = self._tokens.numpy()[: rows * self._width].reshape(rows, self._width)
+        return BatchOutput(token_ids=np.where(self._sample[:, None], tokens, -1))
+
+
+class Finisher:
+    """Starts the copy of a step's tokens to the host.
+
+    Args:
+        device: Where they are.
+        room: Most tokens of a step.
+    """
+
+    def __init__(self, device: Device, room: int) -> None:
+        self._device = device
+        self._ring = [device.pinned(room) for _ in range(RING)]
+        self._turn = 0
+
+    def finish(self, batch: Batch, tokens: torch.Tensor) -> RunningStep:
+        """The step that has these tokens, int32 ``[rows or more, ...]``."""
+        ring, width = self._ring[self._turn % RING], tokens.numel() // len(tokens)
+        self._turn += 1
+        ring[: batch.num_rows * width].copy_(tokens[: batch.num_rows].flatten(), non_blocking=True)
+        return RunningStep(ring, self._device.mark(), batch.sample, width)

@@ -1,0 +1,136 @@
+# mypy: disable-error-code="no-untyped-call"
+"""The forward pass in kernels, from token ids to logits, whoever attends."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from vllm_model.cuda.device import Device
+from vllm_model.decoder import Decoder, Layer
+from vllm_model.kernels.gemv import thin_linear
+from vllm_model.kernels.library_prefill import can_use_library, library_prefill, padded
+from vllm_model.kernels.qk_norm_rope import qk_norm_rope
+from vllm_model.kernels.rms_norm import rms_norm
+from vllm_model.kernels.silu_mul import silu_mul
+from vllm_model.kv_cache import PagedKvCache
+
+THIN_ROWS = 2
+"""Most rows for which our own products beat the library's."""
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From a layer, its queries ``[tokens, heads, head_dim]`` and its QKV ``[tokens or more, width]`` to what is attended."""
+
+
+class Forward:
+    """A decoder's weights, run with Triton kernels.
+
+    Args:
+        device: Where it runs.
+        decoder: The weights.
+        cache: Where keys and values go.
+        tables: int32 ``[slots, max_blocks]``, the block tables.
+
+    Attributes:
+        has_library: Whether whole prompts may be attended by the library's kernel.
+    """
+
+    def __init__(self, device: Device, decoder: Decoder, cache: PagedKvCache, tables: torch.Tensor) -> None:
+        self.config = decoder.config
+        self.cache, self.tables = cache, tables
+        self._decoder, self._pdl = decoder, device.pdl
+        self._cos_sin = torch.cat(decoder.rotary, dim=1).contiguous()  # [max_len, head_dim]
+        self.has_library = can_use_library(device.device, decoder.embedding.dtype, self.config.head_dim)
+
+    def layers(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        attend: Attend,
+        keep: torch.Tensor | None = None,
+        *,
+        room: int = 0,
+    ) -> torch.Tensor:
+        """Run a step's tokens through the layers.
+
+        Args:
+            token_ids, positions, slots: int32 ``[tokens]``; where the slot is -1, nothing is written.
+            attend: The attention of this step.
+            keep: int64 ``[rows]``, tokens that go on after the last attention; None: all.
+            room: Queries and QKV have that many rows, the last of them zeros; 0: as many as tokens.
+
+        Returns:
+            The hidden states ``[rows, hidden]`` before the last norm.
+        """
+        decoder, config, tokens, pdl = self._decoder, self.config, len(token_ids), self._pdl
+        eps = config.rms_norm_eps
+        residual = F.embedding(token_ids, decoder.embedding)  # [tokens, hidden]
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        make = residual.new_zeros if room > tokens else residual.new_empty
+        qkv_room = make(room, width) if room else None
+        q_room = make(room, config.num_heads, config.head_dim) if room else None
+        thin = tokens <= THIN_ROWS
+        update: torch.Tensor | None = None
+        for index, layer in enumerate(decoder.layers):
+            qkv = self._qkv(layer, residual, update, thin, None if qkv_room is None else qkv_room[:tokens])
+            q = qk_norm_rope(
+                qkv,
+                self._cos_sin,
+                positions,
+                slots,
+                self.tables,
+                self.cache.layers[index],
+                config.num_heads,
+                q_weight=layer.q_norm,
+                k_weight=layer.k_norm,
+                eps=eps,
+                out=None if q_room is None else q_room[:tokens],
+                keep_k=room > 0,
+                pdl=pdl,
+            )
+            attended = attend(index, q if q_room is None else q_room, qkv if qkv_room is None else qkv_room).view(tokens, -1)
+            if keep is not None and index == len(decoder.layers) - 1:
+                attended, residual = attended[keep], residual[keep]
+            if thin and layer.o.bias is None and layer.down.bias is None and layer.gate_up.bias is None:
+                residual = thin_linear(attended, layer.o.weight, residual=residual, pdl=pdl)
+                inner = thin_linear(residual, layer.gate_up.weight, norm_weight=layer.post_norm, eps=eps, silu=True, pdl=pdl)
+                residual = thin_linear(inner, layer.down.weight, residual=residual, pdl=pdl)
+                continue
+            x = rms_norm(layer.o(attended), layer.post_norm, eps, residual, pdl=pdl)
+            update = layer.down(silu_mul(layer.gate_up(x), pdl=pdl))
+        return residual if update is None else residual + update
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of :meth:`layers`' hidden states: ``[rows, vocab_size]``."""
+        decoder, pdl = self._decoder, self._pdl
+        x = rms_norm(hidden, decoder.norm, self.config.rms_norm_eps, pdl=pdl)
+        return thin_linear(x, decoder.lm_head.weight, pdl=pdl) if len(x) <= THIN_ROWS else decoder.lm_head(x)
+
+    def attend_prompt(self, q: torch.Tensor, qkv: torch.Tensor, start: int, length: int) -> torch.Tensor:
+        """The library's attention of the whole prompt at ``start`` of the step; ``q`` and ``qkv`` have room behind it."""
+        config, end = self.config, start + padded(length)
+        heads = qkv[start:end].view(end - start, -1, config.head_dim)
+        _, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        return library_prefill(q[start:end], k, v, length)
+
+    def _qkv(
+        self,
+        layer: Layer,
+        residual: torch.Tensor,
+        update: torch.Tensor | None,
+        thin: bool,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        eps, pdl = self.config.rms_norm_eps, self._pdl
+        if thin and update is None and layer.qkv.bias is None:
+            return thin_linear(residual, layer.qkv.weight, norm_weight=layer.input_norm, eps=eps, pdl=pdl)
+        if update is None:
+            x = rms_norm(residual, layer.input_norm, eps, pdl=pdl)
+        else:
+            x = rms_norm(update, layer.input_norm, eps, residual, pdl=pdl)
+        if out is None:
+            return layer.qkv(x)
+        if layer.qkv.bias is None:
+            return torch.mm(x, layer.qkv.weight.t(), out=out)
+        return torch.addmm(layer.qkv.bias, x, layer.qkv.weight.t(), out=out)

@@ -1,0 +1,146 @@
+# mypy: disable-error-code="no-untyped-call"
+"""Any step, kernel by kernel: what no graph is there for."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_model.cuda.device import Device
+from vllm_model.cuda.device_sampler import DeviceSampler
+from vllm_model.cuda.forward import Forward
+from vllm_model.cuda.plans import DecodePlans
+from vllm_model.cuda.rows import DeviceRows, sampling_mode
+from vllm_model.host_sampling import sample_in_pieces, wanted_tokens
+from vllm_model.kernels.library_prefill import LEAST, padded
+from vllm_model.kernels.paged_decode import paged_decode
+from vllm_model.kernels.paged_prefill import paged_prefill
+from vllm_model.verifier import Indices, SampledEntries, accept_guesses, guess_table, sampled_entries
+from vllm_traits.backend import CompletedStep
+from vllm_traits.batch import Batch
+
+
+class LooseSteps:
+    """Runs them.
+
+    Args:
+        device: Where.
+        forward, rows, sampler, plans: What the steps are made of.
+    """
+
+    def __init__(self, device: Device, forward: Forward, rows: DeviceRows, sampler: DeviceSampler, plans: DecodePlans) -> None:
+        self._device, self._forward, self._rows, self._sampler, self._plans = device, forward, rows, sampler, plans
+
+    def compile(self) -> None:
+        """What the steps need, within :meth:`Device.compiling`."""
+        forward = self._forward
+        tokens = torch.zeros(128, dtype=torch.int32, device=self._device.device)
+        none, starts = tokens[:4] - 1, tokens[:8]
+
+        def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+            return paged_prefill(q, forward.cache.layers[layer], forward.tables, none, starts[:5], none)
+
+        for room in (0, len(tokens)) if forward.has_library else (0,):
+            forward.layers(tokens, tokens, tokens, attend, room=room)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Start a step: its tokens, int32 ``[rows]`` or, with guesses, ``[rows, width]``."""
+        entries = sampled_entries(batch)
+        if entries.width > 1:
+            return self._verify(batch, entries)
+        # Rows that do not sample have slot -1 here.
+        slots, positions = self._device.send_aligned(
+            np.where(batch.sample, batch.slots, -1), batch.num_computed + batch.query_lens
+        )
+        logits = self._forward.logits(self._hidden(batch))
+        tokens = self._sampler.draw(logits, slots, positions, sampling_mode(batch.state, batch.slots[batch.sample]))
+        self._rows.keep(tokens, slots)
+        return tokens
+
+    def run_with_host(self, batch: Batch) -> CompletedStep:
+        """A step in which some row's logits need the host (penalties, biases, log-probabilities): not overlapped."""
+        send, last_token = self._device.send, self._rows.last_token
+        wanted, first = wanted_tokens(batch)
+        hidden = self._hidden(batch, wanted)
+        waiting = np.flatnonzero(batch.token_ids[batch.query_start[1:] - 1] < 0)
+        last = last_token.cpu().numpy()
+        pending = {row: int(last[batch.slots[row]]) for row in waiting.tolist()}
+
+        def logits_of(places: Indices) -> torch.Tensor:
+            return self._forward.logits(hidden[send(places, np.int64)]).float()
+
+        output = sample_in_pieces(batch, logits_of, len(wanted), first, pending)
+        rows = np.flatnonzero(batch.sample)
+        if len(rows):
+            newest = (output.token_ids[rows] >= 0).sum(axis=1) - 1
+            last_token[send(batch.slots[rows], np.int64)] = send(output.token_ids[rows, newest], np.int32)
+        self._device.synchronize()
+        return CompletedStep(output)
+
+    def _verify(self, batch: Batch, entries: SampledEntries) -> torch.Tensor:
+        """A step with guesses: the tokens that stand, int32 ``[rows, width]``."""
+        send, send_aligned, most = self._device.send, self._device.send_aligned, self._sampler.max_rows
+        hidden = self._hidden(batch, entries.tokens)
+        entry_slots = batch.slots[entries.rows]
+        where = entries.rows * entries.width + entries.places
+        slots, positions, places = send_aligned(entry_slots, entries.positions, where)
+        mode = sampling_mode(batch.state, entry_slots)
+        sampled = torch.full((batch.num_rows, entries.width), -1, dtype=torch.int32, device=self._device.device)
+        for start in range(0, len(entries), most):  # as many logits at once as a step without guesses has
+            piece = slice(start, min(start + most, len(entries)))
+            tokens = self._sampler.draw(self._forward.logits(hidden[piece]), slots[piece], positions[piece], mode)
+            sampled.view(-1)[places[piece].long()] = tokens
+        accepted = accept_guesses(sampled, send(guess_table(batch, entries.width), np.int32))
+        last = accepted.gather(1, (accepted >= 0).sum(1, keepdim=True).clamp(min=1) - 1)[:, 0]
+        self._rows.keep(last, send(np.where(batch.sample, batch.slots, -1), np.int32))
+        return accepted
+
+    def _hidden(self, batch: Batch, wanted: npt.NDArray[np.int64] | None = None) -> torch.Tensor:
+        """Hidden states ``[rows, hidden]`` of each row's last token, or of ``wanted``."""
+        send, forward, lens, pdl = self._device.send, self._forward, batch.query_lens, self._device.pdl
+        self._rows.send_blocks(batch)
+        rows = np.repeat(np.arange(batch.num_rows), lens)
+        positions = np.arange(batch.num_tokens) - batch.query_start[rows] + batch.num_computed[rows]
+        tokens = batch.token_ids
+        token_ids, positions_, token_slots = self._device.send_aligned(tokens, positions, batch.slots[rows])
+        if (tokens < 0).any():
+            token_ids = torch.where(token_ids < 0, self._rows.last_token[token_slots.long()], token_ids)
+        whole = (lens >= LEAST) & (batch.num_computed == 0) & forward.has_library
+        dense = [(int(batch.query_start[row]), int(lens[row])) for row in np.flatnonzero(whole).tolist()]
+        parts = []
+        for single, members in ((True, np.flatnonzero(lens == 1)), (False, np.flatnonzero((lens > 1) & ~whole))):
+            if len(members):
+                at = np.flatnonzero(np.isin(rows, members))
+                every = len(at) == len(rows)
+                parts.append((single, self._part(batch, members), None if every else send(at, np.int64)))
+
+        def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+            cache = forward.cache.layers[layer]
+            out = torch.empty_like(q)
+            for start, length in dense:
+                done = forward.attend_prompt(q, qkv, start, length)
+                if length == batch.num_tokens:
+                    return done
+                out[start : start + length] = done
+            for single, (slots, starts, computed, _), at in parts:
+                mine = q if at is None else q[at]
+                if single:
+                    done = paged_decode(mine, cache, self._plans.of(len(mine)), pdl=pdl)
+                else:
+                    done = paged_prefill(mine, cache, forward.tables, slots, starts, computed)
+                if at is None:
+                    return done
+                out[at] = done
+            return out[: batch.num_tokens]
+
+        for single, (slots, _, _, ends), _ in parts:
+            if single:
+                self._plans.update(ends, slots, forward.tables)
+        room = max((start + padded(length) for start, length in dense), default=0)
+        keep = send(batch.query_start[1:] - 1 if wanted is None else wanted, np.int64)
+        return forward.layers(token_ids, positions_, token_slots, attend, keep, room=max(room, len(tokens)) if dense else 0)
+
+    def _part(self, batch: Batch, members: npt.NDArray[np.intp]) -> list[torch.Tensor]:
+        """Slots, starts, first positions and lengths of some rows, as if they were alone."""
+        lens, computed = batch.query_lens[members], batch.num_computed[members]
+        starts = np.concatenate([[0], np.cumsum(lens)])
+        return self._device.send_aligned(batch.slots[members], starts, computed, computed + lens)

@@ -1,0 +1,49 @@
+"""The plans of decode attention: one shape for few rows and one for many."""
+
+import torch
+
+from vllm_model.cuda.device import Device
+from vllm_model.kernels.paged_decode import DecodePlan
+from vllm_model.model_config import ModelConfig
+
+FEW_ROWS = 16
+"""Up to here decode attention runs in another shape: there is less to read than programs to start."""
+
+
+class DecodePlans:
+    """Plans for any number of rows.
+
+    Args:
+        device: Where.
+        config: The shape of the heads.
+        max_num_seqs: Most rows.
+        max_blocks: Most blocks of a sequence.
+        block_size: Tokens of a block.
+    """
+
+    def __init__(self, device: Device, config: ModelConfig, max_num_seqs: int, max_blocks: int, block_size: int) -> None:
+        self._plans = [
+            DecodePlan(
+                most,
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                device.device,
+                max_blocks=max_blocks,
+                block_size=block_size,
+            )
+            for most in (min(max_num_seqs, FEW_ROWS), max_num_seqs)
+        ]
+        self._pdl = device.pdl
+
+    def of(self, rows: int) -> DecodePlan:
+        """The plan for so many rows."""
+        return self._plans[rows > FEW_ROWS]
+
+    def update(
+        self, seq_lens: torch.Tensor, slots: torch.Tensor, tables: torch.Tensor, skips: torch.Tensor | None = None
+    ) -> DecodePlan:
+        """Cut a step's work, as :meth:`DecodePlan.update`; the plan that was made."""
+        plan = self.of(len(slots))
+        plan.update(seq_lens, slots, tables, skips=skips, pdl=self._pdl)
+        return plan

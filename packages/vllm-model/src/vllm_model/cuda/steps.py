@@ -1,0 +1,76 @@
+"""All that a backend has on its device once the engine's size is known, and which kind of step runs a batch."""
+
+import numpy as np
+
+from vllm_model.cuda.chunk_steps import ChunkSteps
+from vllm_model.cuda.decode_steps import DecodeSteps
+from vllm_model.cuda.device import Device
+from vllm_model.cuda.device_sampler import DeviceSampler
+from vllm_model.cuda.finish import Finisher, RunningStep
+from vllm_model.cuda.forward import Forward
+from vllm_model.cuda.loose_steps import LooseSteps
+from vllm_model.cuda.plans import DecodePlans
+from vllm_model.cuda.rows import DeviceRows
+from vllm_model.decoder import Decoder
+from vllm_model.host_sampling import needs_host
+from vllm_model.kv_cache import PagedKvCache
+from vllm_traits.backend import CompletedStep
+from vllm_traits.batch import Batch
+
+MAX_DRAFT_TOKENS = 8
+"""Most guesses in a row."""
+
+
+class Steps:
+    """Runs batches.
+
+    Args:
+        device: Where.
+        decoder: The weights.
+        cache: The KV cache.
+        max_num_seqs: Slots.
+        max_blocks: Most blocks of a sequence.
+        max_num_batched_tokens: Tokens of the longest step.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        decoder: Decoder,
+        cache: PagedKvCache,
+        *,
+        max_num_seqs: int,
+        max_blocks: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        self._device = device
+        self._rows = rows = DeviceRows(device, max_num_seqs, max_blocks)
+        sampler = DeviceSampler(device, rows)
+        forward = Forward(device, decoder, cache, rows.tables)
+        plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size)
+        self.decode = DecodeSteps(device, forward, rows, sampler, plans)
+        self.chunk = ChunkSteps(device, forward, rows, sampler, max_num_batched_tokens)
+        self.loose = LooseSteps(device, forward, rows, sampler, plans)
+        self._finisher = Finisher(device, max_num_seqs * (1 + MAX_DRAFT_TOKENS))
+
+    def prepare(self) -> None:
+        """Compile and capture what steps need."""
+        with self._device.compiling():
+            self.decode.compile()
+            self.loose.compile()
+        self.chunk.capture_all()
+        self.decode.capture_all()
+
+    def run(self, batch: Batch) -> RunningStep | CompletedStep:
+        """Start a step."""
+        if len(batch.changed_slots):
+            self.decode.prefixes.forget()
+            self._rows.send_changes(batch)
+        may_need_host: np.bool_ = self._rows.may_need_host[batch.slots].any()
+        if may_need_host and any(needs_host(batch, row) for row in range(batch.num_rows)):
+            return self.loose.run_with_host(batch)
+        if batch.num_tokens == batch.num_rows:  # so there are no guesses
+            return self._finisher.finish(batch, self.decode.run(batch))
+        size = self.chunk.size_for(batch)
+        tokens = self.loose.run(batch) if size is None else self.chunk.run(batch, size)
+        return self._finisher.finish(batch, tokens)
