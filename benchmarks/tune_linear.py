@@ -20,15 +20,20 @@ import torch
 import torch.nn.functional as F
 from bench_kernels import bf16, micros
 
+from vllm_model.cuda.residual_stream import ResidualStream
+from vllm_model.decoder import Linear
 from vllm_model.kernels.linear import LinearConfig, LinearWorkspace, Scaled, linear, linear_residual
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
-from vllm_model.products import Products, ResidualStream
 
 PROCESSES = 16
 ROWS = (16, 64, 128, 192, 256)
 MODELS = {"0.6B": (1024, 3072, 16), "8B": (4096, 12288, 32)}
 """Hidden size, width of the MLP, query heads; 8 KV heads of 128."""
 SHARED = 227 * 1024
+"""Bytes of shared memory of a multiprocessor."""
+
+Choice = dict[tuple[int, int], LinearConfig]
+"""Our products by outputs and inputs."""
 
 
 def products(model: str) -> dict[str, tuple[int, int]]:
@@ -106,7 +111,7 @@ class Layers:
         shapes = products(model)
         count = 16 if model == "0.6B" else 5
         self.layers = [
-            {name: bf16(n * (2 if name == "gate_up" else 1), k) * k**-0.5 for name, (n, k) in shapes.items()}
+            {name: Linear(bf16(n * (2 if name == "gate_up" else 1), k) * k**-0.5) for name, (n, k) in shapes.items()}
             for _ in range(count)
         ]
         self.norm, self.head_norm = bf16(width), bf16(128)
@@ -118,10 +123,13 @@ class Layers:
         self.cache = bf16(rows, 8, 2, 16, 128)
         self.workspace = LinearWorkspace(1 << 24, "cuda")
 
-    def run(self, choice: Products, pdl: bool) -> None:
-        stream = ResidualStream(self.x, 1e-6, self.workspace, pdl)
+    def run(self, choice: Choice, pdl: bool) -> None:
+        def choose(rows: int, n: int, k: int, silu: bool) -> LinearConfig | None:
+            return choice.get((n, k))
+
+        stream = ResidualStream(self.x, eps=1e-6, choose=choose, workspace=self.workspace, pdl=pdl)
         for layer in self.layers:
-            qkv = stream.read(layer["qkv"], self.norm, choice.qkv)
+            qkv = stream.read(layer["qkv"], self.norm)
             q = qk_norm_rope(
                 qkv,
                 self.cos_sin,
@@ -134,11 +142,11 @@ class Layers:
                 k_weight=self.head_norm,
                 pdl=pdl,
             )
-            stream.add(q.view(len(q), -1), layer["o"], self.norm, choice.o)
-            inner = stream.read(layer["gate_up"], self.norm, choice.gate_up, silu=True)
-            stream.add(inner, layer["down"], self.norm, choice.down)
+            stream.add(q.view(len(q), -1), layer["o"], self.norm)
+            inner = stream.read(layer["gate_up"], self.norm, silu=True)
+            stream.add(inner, layer["down"], self.norm)
 
-    def time(self, choice: Products, pdl: bool = True) -> float:
+    def time(self, choice: Choice, pdl: bool = True) -> float:
         return micros([lambda: self.run(choice, pdl)], 9) / len(self.layers)
 
 
@@ -186,16 +194,16 @@ def main() -> None:
             )
     for model, rows in itertools.product(MODELS, ROWS):
         layers = Layers(model, rows)
-        best = {name: found[f"{model} {name} {rows}"][0][1] for name in products(model)}
+        best = {shape: found[f"{model} {name} {rows}"][0][1] for name, shape in products(model).items()}
         times = []
         for mask in itertools.product((False, True), repeat=4):
-            choice = Products(*(config if own else None for own, config in zip(mask, best.values(), strict=True)))
+            choice = {shape: config for own, (shape, config) in zip(mask, best.items(), strict=True) if own}
             times.append((layers.time(choice), "".join("LO"[own] for own in mask)))
         library, own = times[0][0], times[-1][0]
-        bare = Products(*(replace(c, prefetch=0) for c in best.values()))
+        bare: Choice = {shape: replace(config, prefetch=0) for shape, config in best.items()}
         print(
             f"layer {model} {rows} rows: library {library:.1f}, own {own:.1f}, without prefetch {layers.time(bare):.1f},",
-            f"without pdl {layers.time(Products(*best.values()), False):.1f} | qkv o gate_up down:",
+            f"without pdl {layers.time(best, False):.1f} | qkv o gate_up down:",
             "  ".join(f"{us:.1f} {name}" for us, name in sorted(times)[:6]),
             flush=True,
         )

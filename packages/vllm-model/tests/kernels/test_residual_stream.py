@@ -4,8 +4,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from vllm_model.cuda.residual_stream import ResidualStream
+from vllm_model.decoder import Linear
 from vllm_model.kernels.linear import LinearConfig, LinearWorkspace
-from vllm_model.products import ResidualStream
 
 OURS = LinearConfig(16, 16, 16, num_stages=2)
 
@@ -33,9 +34,16 @@ def test_every_choice_gives_the_same_layer(
         total = total + normed(total, one) @ first.double().T @ second.double().T
         gate, up = (normed(total, two) @ third.double().T).chunk(2, dim=-1)
         total = total + (torch.nn.functional.silu(gate) * up) @ fourth.double().T
-    stream = ResidualStream(x, 1e-6, LinearWorkspace(1 << 16, device), False)
+
+    def choose(rows: int, n: int, k: int, silu: bool) -> LinearConfig | None:
+        assert rows == len(x)
+        return choice[{(width, width, False): index, (inner, width, True): 2, (width, inner, False): 3}[n, k, silu]]
+
+    stream = ResidualStream(x, eps=1e-6, choose=choose, workspace=LinearWorkspace(1 << 16, device), pdl=False)
     for _ in range(2):
-        stream.add(stream.read(first, one, choice[0]), second, two, choice[1])
-        stream.add(stream.read(third, two, choice[2], silu=True), fourth, one, choice[3])
-    check(stream.normed(one), normed(total, one), 1e-2)
-    check(stream.residual, total, 1e-2)
+        index = 0
+        read = stream.read(Linear(first), one)
+        index = 1
+        stream.add(read, Linear(second), two)
+        stream.add(stream.read(Linear(third), two, silu=True), Linear(fourth), one)
+    check(stream.total(), total, 1e-2)
