@@ -2,13 +2,8 @@
 
     python benchmarks/profile_steps.py MODEL_FOLDER [rows:context | prefill:length ...]
 
-<<<<<<< HEAD
 Weights are random. For each case: microseconds of a step by the clock, of schedule, submit, wait and commit on the host, the
 sum of its kernels on the device, and the kernels by total time.
-=======
-Weights are random. For each case: microseconds of a step by the clock, of schedule, submit, wait and commit, the sum
-of its kernels on the device, and the kernels by total time.
->>>>>>> gpu
 """
 
 import sys

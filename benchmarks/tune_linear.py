@@ -127,7 +127,7 @@ class Layers:
         def choose(rows: int, n: int, k: int, silu: bool) -> LinearConfig | None:
             return choice.get((n, k))
 
-        stream = ResidualStream(self.x, eps=1e-6, choose=choose, workspace=self.workspace, pdl=pdl)
+        stream = ResidualStream(self.x, eps=1e-6, choose=choose, workspace=self.workspace, thin_rows=0, pdl=pdl)
         for layer in self.layers:
             qkv = stream.read(layer["qkv"], self.norm)
             q = qk_norm_rope(

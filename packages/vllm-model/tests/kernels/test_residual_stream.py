@@ -39,7 +39,7 @@ def test_every_choice_gives_the_same_layer(
         assert rows == len(x)
         return choice[{(width, width, False): index, (inner, width, True): 2, (width, inner, False): 3}[n, k, silu]]
 
-    stream = ResidualStream(x, eps=1e-6, choose=choose, workspace=LinearWorkspace(1 << 16, device), pdl=False)
+    stream = ResidualStream(x, eps=1e-6, choose=choose, workspace=LinearWorkspace(1 << 16, device), thin_rows=0, pdl=False)
     for _ in range(2):
         index = 0
         read = stream.read(Linear(first), one)

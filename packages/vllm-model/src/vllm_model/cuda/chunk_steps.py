@@ -78,8 +78,7 @@ class ChunkSteps:
         rows[4, :n], rows[4, n:] = np.where(batch.sample, batch.slots, -1), -1
         rows[5, :n], rows[5, n:] = batch.num_computed + lens, 0
         graph.staged.copy_(pinned, non_blocking=True)
-        graph.replay()
-        return graph.tokens
+        return graph.replay()
 
     def _capture(self, size: int, *, as_prompt: bool) -> Graph:
         """A step of up to ``size`` tokens of any rows, or of that many of one prompt from its beginning."""

@@ -31,7 +31,7 @@ class LooseSteps:
         self._device, self._forward, self._rows, self._sampler, self._plans = device, forward, rows, sampler, plans
 
     def compile(self) -> None:
-        """What the steps need, within :meth:`Device.compiling`."""
+        """Launch what the steps need, for :meth:`Device.compile`."""
         forward = self._forward
         tokens = torch.zeros(128, dtype=torch.int32, device=self._device.device)
         none, starts = tokens[:4] - 1, tokens[:8]

@@ -11,9 +11,6 @@ from vllm_model.kernels.linear import LinearConfig, LinearWorkspace, Scaled, fit
 from vllm_model.kernels.rms_norm import rms_norm
 from vllm_model.kernels.silu_mul import silu_mul
 
-THIN_ROWS = 2
-"""Up to here products are matrix-vector products of ours."""
-
 Choose = Callable[[int, int, int, bool], LinearConfig | None]
 """From rows, outputs, inputs and whether a gate follows to the launch of our own product; None: the library's is faster."""
 
@@ -29,15 +26,19 @@ class ResidualStream:
         eps: Of the norms.
         choose: Whose the products are.
         workspace: For products that cut K.
+        thin_rows: Up to so many rows, products are matrix-vector products.
         pdl: Programmatic dependent launch.
 
     Attributes:
         residual: ``[rows, hidden]``; what :meth:`add` was given last may be missing until the next read.
     """
 
-    def __init__(self, residual: torch.Tensor, *, eps: float, choose: Choose, workspace: LinearWorkspace, pdl: bool) -> None:
+    def __init__(
+        self, residual: torch.Tensor, *, eps: float, choose: Choose, workspace: LinearWorkspace, thin_rows: int, pdl: bool
+    ) -> None:
         self.residual = residual
         self._eps, self._choose, self._workspace, self._pdl = eps, choose, workspace, pdl
+        self._thin_rows = thin_rows
         self._update: torch.Tensor | None = None  # not yet added
         self._scaled: Scaled | None = None  # normalised but for each row's factor
 
@@ -79,7 +80,7 @@ class ResidualStream:
         )
 
     def _thin(self, layer: Linear) -> bool:
-        return len(self.residual) <= THIN_ROWS and layer.bias is None
+        return len(self.residual) <= self._thin_rows and layer.bias is None
 
     def _config(self, x: torch.Tensor, layer: Linear, silu: bool) -> LinearConfig | None:
         if layer.bias is not None or not fits(x, layer.weight):

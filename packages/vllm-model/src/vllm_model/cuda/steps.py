@@ -55,9 +55,7 @@ class Steps:
 
     def prepare(self) -> None:
         """Compile and capture what steps need."""
-        with self._device.compiling():
-            self.decode.compile()
-            self.loose.compile()
+        self._device.compile(self.decode.compile, self.loose.compile)
         self.chunk.capture_all()
         self.decode.capture_all()
 
