@@ -8,22 +8,18 @@ import torch
 from vllm_model.cuda.device import Device, Graph
 from vllm_model.cuda.device_sampler import DeviceSampler
 from vllm_model.cuda.finish import RING
-from vllm_model.cuda.forward import Attend, Forward, Pass
-from vllm_model.cuda.plans import FEW_ROWS, HALF_UNIT, DecodePlans
+from vllm_model.cuda.forward import Forward
+from vllm_model.cuda.plans import FEW_ROWS, DecodePlans
 from vllm_model.cuda.rows import DeviceRows, sampling_mode
 from vllm_model.cuda.shared_rows import SharedPrefix, SharedPrefixes
 from vllm_model.kernels._launch import power_of_two
-from vllm_model.kernels.paged_decode import DecodePlan, paged_decode
-from vllm_model.kernels.shared_prefix import PREFIX_TILE, PrefixWorkspace, attend_prefix, join_prefix
+from vllm_model.kernels.shared_prefix import PREFIX_TILE, PrefixWorkspace, join_prefix
 from vllm_traits.batch import Batch
 
 GRAPH_SIZES = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16))
 """Rows that graphs are captured for."""
 FIELDS = 6
 """Of a row that the host sends: the five of :meth:`DeviceRows.stage`, and how much of it is shared."""
-HALVES_ROWS = 32
-"""From so many rows on, a small model's step runs as two halves."""
-TAKE_TURNS = True
 LEADER = 4
 """Behind the rows: a slot with the shared prefix, its length, and room."""
 
@@ -102,75 +98,22 @@ class DecodeSteps:
         self, staged: torch.Tensor, size: int, mode: str, shared: bool, make: Callable[..., torch.Tensor] = torch.empty
     ) -> torch.Tensor:
         """Everything between the staged rows and the tokens, int32 ``[size]``."""
-        forward = self._forward
+        forward, workspace, pdl = self._forward, self._prefix_workspace, self._device.pdl
         ints = make(4, -(-size // 4) * 4, dtype=torch.int32, device=self._device.device)[:, :size]
         self._rows.begin(staged, ints)
         token_ids, positions, slots, seq_lens = ints
         skips = staged[(FIELDS - 1) * size : FIELDS * size] if shared else None
-        if not shared and self._in_halves(size):
-            hidden = self._halves(token_ids, positions, slots, seq_lens)
-        else:
-            hidden = self._whole(token_ids, positions, slots, seq_lens, staged, skips)
-        tokens = self._sampler.draw(forward.logits(hidden), slots, positions + 1, mode)
-        self._rows.keep(tokens, slots)
-        return tokens
-
-    def _whole(
-        self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        seq_lens: torch.Tensor,
-        staged: torch.Tensor,
-        skips: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """All rows through the layers; ``skips`` int32 ``[rows]`` is how much of each is a shared prefix."""
-        forward, workspace, pdl = self._forward, self._prefix_workspace, self._device.pdl
         plan = self._plans.update(seq_lens, slots, forward.tables, skips)
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-            cache = forward.cache.layers[layer]
             if skips is None:
-                return paged_decode(q, cache, plan, pdl=pdl)
-            attend_prefix(q, cache, forward.tables, staged[FIELDS * len(slots) :], workspace, pdl=pdl)
-            out = paged_decode(q, cache, plan, lse=workspace.lse, pdl=pdl)
+                return forward.attend_single(layer, q, plan)
+            forward.attend_prefix(layer, q, staged[FIELDS * size :], workspace)
+            out = forward.attend_single(layer, q, plan, workspace.lse)
             join_prefix(out, skips, workspace, pdl=pdl)
             return out
 
-        return forward.layers(token_ids, positions, slots, attend)
-
-    def _in_halves(self, rows: int) -> bool:
-        """Where the second half finds a layer's weights in the cache, and waits for starts of kernels rather than for them."""
-        return rows >= HALVES_ROWS and self._forward.layer_bytes <= self._device.cache_bytes
-
-    def _halves(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor
-    ) -> torch.Tensor:
-        """Two halves of the rows through the layers, on two streams: attention of the one beside products of the other.
-
-        Attention waits for the memory, products for each other; so that they stay apart, attention takes turns.
-        """
-        device, forward = self._device, self._forward
-        middle = len(slots) // 2 // HALF_UNIT * HALF_UNIT
-        halves = slice(0, middle), slice(middle, None)
-        device.fork()
-        passes: list[tuple[Pass, Attend]] = []
-        turn: list[torch.cuda.Event | None] = [None]
-        for lane, half in enumerate(halves):
-            with device.lane(lane):
-                plan = self._plans.update_half(lane, seq_lens[half], slots[half], forward.tables)
-
-                def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor, plan: DecodePlan = plan) -> torch.Tensor:
-                    if TAKE_TURNS:
-                        device.wait(turn[0])
-                    out = paged_decode(q, forward.cache.layers[layer], plan, pdl=device.pdl and not TAKE_TURNS)
-                    turn[0] = device.mark()
-                    return out
-
-                passes.append((forward.start(token_ids[half], positions[half], slots[half], lane=lane), attend))
-        for index in range(forward.config.num_layers):
-            for lane, (half_pass, attend_half) in enumerate(passes):
-                with device.lane(lane):
-                    half_pass.layer(index, attend_half)
-        device.join()
-        return torch.cat([half_pass.total() for half_pass, _ in passes])
+        hidden = forward.layers(token_ids, positions, slots, attend)
+        tokens = self._sampler.draw(forward.logits(hidden), slots, positions + 1, mode)
+        self._rows.keep(tokens, slots)
+        return tokens

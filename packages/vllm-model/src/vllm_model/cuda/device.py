@@ -1,10 +1,9 @@
 # mypy: disable-error-code="no-untyped-call"
-"""One device, the streams on which a backend's work runs, and what the host exchanges with it.
+"""One device, the one stream on which a backend's work runs, and what the host exchanges with it.
 
 Without a CUDA device, for Triton's interpreter, work runs at once and a graph runs anew what it captured.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ class Device:
         device: ``cuda:N``, or ``cpu`` for the interpreter.
 
     Attributes:
-        cache_bytes: Of the second-level cache; for the interpreter there is no limit.
         pdl: Whether kernels may be launched before the ones ahead have ended (programmatic dependent launch).
     """
 
@@ -42,32 +40,14 @@ class Device:
         self._is_cuda = device.type == "cuda"
         nvidia = self._is_cuda and torch.version.hip is None
         self.pdl = nvidia and torch.cuda.get_device_capability(device)[0] >= 9
-        self.cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if self._is_cuda else sys.maxsize
         self._stream = torch.cuda.Stream(device) if self._is_cuda else None
-        self._side = torch.cuda.Stream(device) if self._is_cuda else None
         self._pool: Any = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it, work goes to the first stream, which all steps begin and end on."""
+        """Within it, work goes to the stream."""
         with torch.inference_mode(), torch.cuda.stream(self._stream) if self._is_cuda else nullcontext():
             yield
-
-    def fork(self) -> None:
-        """The second stream goes on from where the first one is."""
-        if self._stream is not None and self._side is not None:
-            self._side.wait_stream(self._stream)
-
-    @contextmanager
-    def lane(self, which: int) -> Iterator[None]:
-        """Within it, work goes to the first stream (0) or to the second (1)."""
-        with torch.cuda.stream(self._side if which else self._stream) if self._is_cuda else nullcontext():
-            yield
-
-    def join(self) -> None:
-        """The first stream goes on when the second one is where it is now."""
-        if self._stream is not None and self._side is not None:
-            self._stream.wait_stream(self._side)
 
     def compile(self, *runs: Callable[[], object]) -> None:
         """Compile what these would launch, several kernels at once; nothing is launched."""
@@ -114,14 +94,9 @@ class Device:
         return Graph(staged, replay)
 
     def mark(self) -> torch.cuda.Event | None:
-        """An event behind all that was given to the stream in use; None where it is over already."""
+        """An event behind all that was given to the stream; None where it is over already."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
-        event.record()
+        event.record(self._stream)
         return event
-
-    def wait(self, event: torch.cuda.Event | None) -> None:
-        """The stream in use goes on after an event of :meth:`mark`."""
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)

@@ -36,24 +36,18 @@ class Forward:
         tables: int32 ``[slots, max_blocks]``, the block tables.
 
     Attributes:
-        decoder: The weights.
-        cos_sin: float32 ``[max_len, head_dim]``, the rotary table.
-        pdl: Programmatic dependent launch.
         has_library: Whether whole prompts may be attended by the library's kernel.
-        layer_bytes: Of one layer's weights.
     """
 
     def __init__(self, device: Device, decoder: Decoder, cache: PagedKvCache, tables: torch.Tensor) -> None:
         self.config = decoder.config
         self.cache, self.tables = cache, tables
-        self.decoder, self.pdl = decoder, device.pdl
+        self._decoder, self._pdl = decoder, device.pdl
         self._choose: Choose = choose_linear if device.pdl else lambda rows, n, k, silu: None
-        self._workspaces = [LinearWorkspace(PARTS_ROOM if device.pdl else 0, device.device) for _ in range(2)]
+        self._workspace = LinearWorkspace(PARTS_ROOM if device.pdl else 0, device.device)
         self._thin_rows = THIN_ROWS if device.device.type == "cuda" else 0  # of interpreted kernels these are the slowest
-        self.cos_sin = torch.cat(decoder.rotary, dim=1).contiguous()  # [max_len, head_dim]
+        self._cos_sin = torch.cat(decoder.rotary, dim=1).contiguous()  # [max_len, head_dim]
         self.has_library = can_use_library(device.device, decoder.embedding.dtype, self.config.head_dim)
-        first = decoder.layers[0]
-        self.layer_bytes = sum(each.weight.nbytes for each in (first.qkv, first.o, first.gate_up, first.down))
 
     def layers(
         self,
@@ -76,35 +70,50 @@ class Forward:
         Returns:
             The hidden states ``[rows, hidden]`` before the last norm.
         """
-        run, last = self.start(token_ids, positions, slots, room=room), self.config.num_layers - 1
-        for index in range(last + 1):
-            run.layer(index, attend, keep if index == last else None)
-        return run.total()
-
-    def start(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, *, room: int = 0, lane: int = 0
-    ) -> "Pass":
-        """What :meth:`layers` does layer by layer; one pass of lane 0 and one of lane 1 may be under way at once."""
+        decoder, config, tokens, pdl = self._decoder, self.config, len(token_ids), self._pdl
         stream = ResidualStream(
-            F.embedding(token_ids, self.decoder.embedding),
-            eps=self.config.rms_norm_eps,
+            F.embedding(token_ids, decoder.embedding),
+            eps=config.rms_norm_eps,
             choose=self._choose,
-            workspace=self._workspaces[lane],
+            workspace=self._workspace,
             thin_rows=self._thin_rows,
-            pdl=self.pdl,
+            pdl=pdl,
         )
-        return Pass(self, stream, positions, slots, room)
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        make = stream.residual.new_zeros if room > tokens else stream.residual.new_empty
+        qkv_room = make(room, width) if room else None
+        q_room = make(room, config.num_heads, config.head_dim) if room else None
+        next_norms = [*(layer.input_norm for layer in decoder.layers[1:]), decoder.norm]
+        for index, (layer, next_norm) in enumerate(zip(decoder.layers, next_norms, strict=True)):
+            qkv = stream.read(layer.qkv, layer.input_norm, out=None if qkv_room is None else qkv_room[:tokens])
+            q = qk_norm_rope(
+                qkv,
+                self._cos_sin,
+                positions,
+                slots,
+                self.tables,
+                self.cache.layers[index],
+                config.num_heads,
+                q_weight=layer.q_norm,
+                k_weight=layer.k_norm,
+                eps=config.rms_norm_eps,
+                out=None if q_room is None else q_room[:tokens],
+                keep_k=room > 0,
+                pdl=pdl,
+            )
+            attended = attend(index, q if q_room is None else q_room, qkv if qkv_room is None else qkv_room).view(tokens, -1)
+            if keep is not None and index == len(decoder.layers) - 1:
+                attended = attended[keep]
+                stream.keep(keep)
+            stream.add(attended, layer.o, layer.post_norm)
+            stream.add(stream.read(layer.gate_up, layer.post_norm, silu=True), layer.down, next_norm)
+        return stream.total()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of :meth:`layers`' hidden states: ``[rows, vocab_size]``."""
-        decoder, pdl = self.decoder, self.pdl
+        decoder, pdl = self._decoder, self._pdl
         x = rms_norm(hidden, decoder.norm, self.config.rms_norm_eps, pdl=pdl)
         return thin_linear(x, decoder.lm_head.weight, pdl=pdl) if len(x) <= self._thin_rows else decoder.lm_head(x)
-
-    def norm_after(self, index: int) -> torch.Tensor:
-        """The weight of the norm that reads the stream behind a layer."""
-        layers = self.decoder.layers
-        return layers[index + 1].input_norm if index + 1 < len(layers) else self.decoder.norm
 
     def attend_prompt(self, q: torch.Tensor, qkv: torch.Tensor, start: int, length: int) -> torch.Tensor:
         """The library's attention of the whole prompt at ``start`` of the step; ``q`` and ``qkv`` have room behind it."""
@@ -112,48 +121,3 @@ class Forward:
         heads = qkv[start:end].view(end - start, -1, config.head_dim)
         _, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         return library_prefill(q[start:end], k, v, length)
-
-
-class Pass:
-    """Tokens on their way through the layers; made by :meth:`Forward.start`."""
-
-    def __init__(
-        self, forward: Forward, stream: ResidualStream, positions: torch.Tensor, slots: torch.Tensor, room: int
-    ) -> None:
-        self._forward, self._stream, self._positions, self._slots = forward, stream, positions, slots
-        config, tokens = forward.config, len(stream.residual)
-        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        make = stream.residual.new_zeros if room > tokens else stream.residual.new_empty
-        self._qkv = make(room, width) if room else None
-        self._q = make(room, config.num_heads, config.head_dim) if room else None
-
-    def layer(self, index: int, attend: Attend, keep: torch.Tensor | None = None) -> None:
-        """Run the next layer; ``attend`` and ``keep`` as of :meth:`Forward.layers`."""
-        forward, stream, tokens = self._forward, self._stream, len(self._stream.residual)
-        config, layer = forward.config, forward.decoder.layers[index]
-        qkv = stream.read(layer.qkv, layer.input_norm, out=None if self._qkv is None else self._qkv[:tokens])
-        q = qk_norm_rope(
-            qkv,
-            forward.cos_sin,
-            self._positions,
-            self._slots,
-            forward.tables,
-            forward.cache.layers[index],
-            config.num_heads,
-            q_weight=layer.q_norm,
-            k_weight=layer.k_norm,
-            eps=config.rms_norm_eps,
-            out=None if self._q is None else self._q[:tokens],
-            keep_k=self._q is not None,
-            pdl=forward.pdl,
-        )
-        attended = attend(index, q if self._q is None else self._q, qkv if self._qkv is None else self._qkv).view(tokens, -1)
-        if keep is not None:
-            attended = attended[keep]
-            stream.keep(keep)
-        stream.add(attended, layer.o, layer.post_norm)
-        stream.add(stream.read(layer.gate_up, layer.post_norm, silu=True), layer.down, forward.norm_after(index))
-
-    def total(self) -> torch.Tensor:
-        """The hidden states ``[rows, hidden]``."""
-        return self._stream.total()

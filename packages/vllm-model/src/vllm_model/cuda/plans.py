@@ -3,16 +3,11 @@
 import torch
 
 from vllm_model.cuda.device import Device
-from vllm_model.kernels.paged_decode import DecodeConfig, DecodePlan
+from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.model_config import ModelConfig
 
 FEW_ROWS = 16
 """Up to here decode attention runs in another shape: there is less to read than programs to start."""
-
-HALF_UNIT = 8
-"""Halves of a step are cut at whole multiples of so many rows."""
-HALF = DecodeConfig(tile=32, programs_per_sm=3, num_warps=2, num_stages=5)
-"""The shape for half a step's rows: it leaves room on each multiprocessor for the other half's products."""
 
 
 class DecodePlans:
@@ -27,33 +22,23 @@ class DecodePlans:
     """
 
     def __init__(self, device: Device, config: ModelConfig, max_num_seqs: int, max_blocks: int, block_size: int) -> None:
-
-        def make(rows: int, shape: DecodeConfig | None = None) -> DecodePlan:
-            return DecodePlan(
-                rows,
+        self._plans = [
+            DecodePlan(
+                most,
                 config.num_heads,
                 config.num_kv_heads,
                 config.head_dim,
                 device.device,
                 max_blocks=max_blocks,
                 block_size=block_size,
-                config=shape,
             )
-
-        self._plans = [make(most) for most in (min(max_num_seqs, FEW_ROWS), max_num_seqs)]
-        shape = HALF if config.head_dim <= 128 else None
-        self._halves = [make(-(-max_num_seqs // 2) + HALF_UNIT, shape) for _ in range(2)]
+            for most in (min(max_num_seqs, FEW_ROWS), max_num_seqs)
+        ]
         self._pdl = device.pdl
 
     def of(self, rows: int) -> DecodePlan:
         """The plan for so many rows."""
         return self._plans[rows > FEW_ROWS]
-
-    def update_half(self, lane: int, seq_lens: torch.Tensor, slots: torch.Tensor, tables: torch.Tensor) -> DecodePlan:
-        """As :meth:`update`, of the rows of a half, 0 or 1."""
-        plan = self._halves[lane]
-        plan.update(seq_lens, slots, tables, pdl=self._pdl)
-        return plan
 
     def update(
         self, seq_lens: torch.Tensor, slots: torch.Tensor, tables: torch.Tensor, skips: torch.Tensor | None = None
