@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from bench_kernels import bf16, micros
 
+from vllm_model.kernels.decode_plan import DecodeConfig, DecodePlan
 from vllm_model.kernels.gemv import GemvConfig, thin_linear
-from vllm_model.kernels.paged_decode import DecodeConfig, DecodePlan, paged_decode
+from vllm_model.kernels.paged_decode import paged_decode
 
 PROCESSES = 14
 DECODE = [

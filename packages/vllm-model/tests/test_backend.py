@@ -33,6 +33,12 @@ def test_dtypes_run(folder: Path, dtype: str) -> None:
     assert len(output.outputs[0].token_ids) == 5
 
 
+@pytest.mark.parametrize(("name", "message"), [("fp8", "needs bfloat16 or float16 on"), ("int4", "must be one of auto, fp8")])
+def test_a_kv_cache_that_is_not_there_is_refused(folder: Path, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"kv_cache_dtype is '{name}'.*{message}"):
+        load_backend(folder, device="cpu", kv_cache_dtype=name)
+
+
 def test_a_seeded_request_gives_the_same_tokens_alone_and_among_others(folder: Path) -> None:
     def run(others: int) -> list[int]:
         engine = Engine(load_backend(folder), config=EngineConfig(max_num_batched_tokens=300))

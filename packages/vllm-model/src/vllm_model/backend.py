@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from vllm_traits.errors import BackendError, BackendOutOfMemoryError, ConfigErro
 if TYPE_CHECKING:
     from vllm_model.cuda_backend import CudaBackend
 
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
+"""What the KV cache may hold: what is computed in, or numbers of eight bits."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_DRAFT_TOKENS = 16
 """Most guesses in a row; beyond it even free guesses that are mostly right no longer pay."""
@@ -146,6 +148,7 @@ def load_backend(
     max_model_len: int | None = None,
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
+    kv_cache_dtype: str = "auto",
     seed: int = 0,
     num_threads: int | None = None,
     revision: str | None = None,
@@ -158,6 +161,8 @@ def load_backend(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         load_format: ``dummy`` makes random weights from the configuration alone.
         quantization: Must be None: quantized files are computed in ``dtype``.
+        kv_cache_dtype: ``auto``: what is computed in; ``fp8`` or ``fp8_e4m3``: e4m3 with a scale a head, half the memory, in
+            half precision on a CUDA device that knows it.
         seed: Of dummy weights.
         num_threads: Of torch on the CPU; None: the cores that this process may use.
 
@@ -169,26 +174,36 @@ def load_backend(
         raise ConfigError(f"quantization is {quantization!r}; only None is supported (GGUF files are computed in dtype).")
     if not 0 < gpu_memory_utilization <= 1:
         raise ConfigError(f"gpu_memory_utilization is {gpu_memory_utilization}; it must be above 0 and at most 1.")
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}; it must be one of {', '.join(KV_CACHE_DTYPES)}.")
     path = resolve_model(model, revision=revision)
     config = load_config(path)
     where = _device(device)
     if where.type == "cpu":
         torch.set_num_threads(num_threads or usable_cores())
-    weights = load_weights(path, config, dtype=_dtype(dtype, config, where), device=where, load_format=load_format, seed=seed)
-    return _backend_class(config, weights)(
-        config,
-        weights,
-        name=path.stem if path.suffix == ".gguf" else path.name,
-        max_model_len=max_model_len,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-    )
+    computed = _dtype(dtype, config, where)
+    settings: dict[str, Any] = {
+        "name": path.stem if path.suffix == ".gguf" else path.name,
+        "max_model_len": max_model_len,
+        "kv_cache_memory_bytes": kv_cache_memory_bytes,
+        "gpu_memory_utilization": gpu_memory_utilization,
+    }
+    backend = _backend_class(config, where, computed)
+    if kv_cache_dtype != "auto":
+        # Triton converts to and from e4m3 from this capability on.
+        if backend is TorchBackend or torch.cuda.get_device_capability(where) < (8, 9):
+            raise ConfigError(
+                f"kv_cache_dtype is {kv_cache_dtype!r}, which needs bfloat16 or float16 on a CUDA device of compute capability "
+                f"8.9 or more; for {settings['name']} on {where} there is only auto."
+            )
+        settings["kv_cache_dtype"] = torch.float8_e4m3fn
+    weights = load_weights(path, config, dtype=computed, device=where, load_format=load_format, seed=seed)
+    return backend(config, weights, **settings)
 
 
-def _backend_class(config: ModelConfig, weights: dict[str, torch.Tensor]) -> "type[TorchBackend] | type[CudaBackend]":
+def _backend_class(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> "type[TorchBackend] | type[CudaBackend]":
     """Our kernels where they run: half precision on a CUDA device with Triton."""
-    embedding = weights["model.embed_tokens.weight"]
-    half = embedding.device.type == "cuda" and embedding.dtype != torch.float32
+    half = device.type == "cuda" and dtype != torch.float32
     if half and 16 <= config.head_dim <= 256 and importlib.util.find_spec("triton") is not None:
         from vllm_model.cuda_backend import CudaBackend
 

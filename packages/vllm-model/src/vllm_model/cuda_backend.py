@@ -21,7 +21,13 @@ from vllm_traits.errors import BackendError, BackendOutOfMemoryError, ConfigErro
 
 
 class CudaBackend:
-    """Runs a :class:`Decoder`'s weights with Triton kernels. Arguments as :class:`~vllm_model.backend.TorchBackend`."""
+    """Runs a :class:`Decoder`'s weights with Triton kernels.
+
+    Args:
+        config, weights, name, max_model_len, kv_cache_memory_bytes, gpu_memory_utilization: As of
+            :class:`~vllm_model.backend.TorchBackend`.
+        kv_cache_dtype: ``torch.float8_e4m3fn``, with scales that are measured at the start, or None: the weights'.
+    """
 
     def __init__(
         self,
@@ -32,6 +38,7 @@ class CudaBackend:
         max_model_len: int | None = None,
         kv_cache_memory_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        kv_cache_dtype: torch.dtype | None = None,
     ) -> None:
         if max_model_len is not None and not 2 <= max_model_len <= config.max_model_len:
             raise ConfigError(f"max_model_len is {max_model_len}; this model allows 2 to {config.max_model_len}.")
@@ -47,6 +54,7 @@ class CudaBackend:
         self.decoder = Decoder(config, weights, self.spec.max_model_len)
         self.device = self.decoder.embedding.device
         self.dtype = self.decoder.embedding.dtype
+        self.kv_cache_dtype = kv_cache_dtype or self.dtype
         self.steps: Steps | None = None
         self._device = Device(self.device)
         self._kv_cache_memory_bytes = kv_cache_memory_bytes
@@ -55,7 +63,7 @@ class CudaBackend:
     def kv_cache_budget(self, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> KvCacheBudget:
         config = self.config
         per_block = PagedKvCache.bytes_per_block(
-            config.num_layers, config.num_kv_heads, block_size, config.head_dim, self.dtype
+            config.num_layers, config.num_kv_heads, block_size, config.head_dim, self.kv_cache_dtype
         )
         if self._kv_cache_memory_bytes is not None:
             return KvCacheBudget(available_bytes=self._kv_cache_memory_bytes, bytes_per_block=per_block)
@@ -79,7 +87,7 @@ class CudaBackend:
                 num_kv_heads=config.num_kv_heads,
                 block_size=state.block_size,
                 head_dim=config.head_dim,
-                dtype=self.dtype,
+                dtype=self.kv_cache_dtype,
                 device=self.device,
             )
         except torch.OutOfMemoryError as error:

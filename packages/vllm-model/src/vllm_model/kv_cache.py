@@ -9,11 +9,14 @@ class PagedKvCache:
 
     Args:
         num_layers, num_blocks, num_kv_heads, block_size, head_dim: Its shape.
-        dtype, device: Of the tensors.
+        dtype, device: Of the tensors; e4m3 for kernels that know it.
 
     Attributes:
         layers: By layer ``[num_blocks, num_kv_heads, 2, block_size, head_dim]``: the keys (0) and values (1) of one head of
             one block lie together.
+        scales: Of an e4m3 cache, which holds keys and values divided by them: float32 ``[num_layers, 2, num_kv_heads]``, at
+            first ones.
+        k_scales, v_scales: By layer ``[num_kv_heads]``, views of ``scales``, or None.
     """
 
     def __init__(
@@ -32,6 +35,12 @@ class PagedKvCache:
         self.head_dim = head_dim
         shape = (num_blocks, num_kv_heads, 2, block_size, head_dim)
         self.layers = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.scales: torch.Tensor | None = None
+        self.k_scales: list[torch.Tensor | None] = [None] * num_layers
+        self.v_scales: list[torch.Tensor | None] = [None] * num_layers
+        if dtype == torch.float8_e4m3fn:
+            self.scales = torch.ones(num_layers, 2, num_kv_heads, dtype=torch.float32, device=device)
+            self.k_scales, self.v_scales = [*self.scales[:, 0]], [*self.scales[:, 1]]
 
     @staticmethod
     def bytes_per_block(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:

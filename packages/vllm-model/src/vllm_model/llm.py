@@ -32,6 +32,7 @@ class LLM:
         num_blocks: KV blocks; None: what fits into the memory.
         gpu_memory_utilization: Share of a GPU's memory to use.
         kv_cache_memory_bytes: For the KV cache; None: sized by itself.
+        kv_cache_dtype: ``auto``, or ``fp8`` for a KV cache of half the size; see :func:`~vllm_model.load_backend`.
         speculative: Who guesses tokens ahead: a :class:`~vllm_model.SpeculativeConfig`, or what it is made of as a mapping or
             JSON, ``{"method": "ngram"}`` for one. The output is the same, it comes faster.
         skip_tokenizer_init: Token ids in, token ids out.
@@ -57,6 +58,7 @@ class LLM:
         num_blocks: int | None = None,
         gpu_memory_utilization: float = 0.9,
         kv_cache_memory_bytes: int | None = None,
+        kv_cache_dtype: str = "auto",
         enable_prefix_caching: bool = True,
         speculative: SpeculativeConfig | Mapping[str, Any] | str | None = None,
         skip_tokenizer_init: bool = False,
@@ -70,6 +72,7 @@ class LLM:
             "device": device,
             "kv_cache_memory_bytes": kv_cache_memory_bytes,
             "gpu_memory_utilization": gpu_memory_utilization,
+            "kv_cache_dtype": kv_cache_dtype,
             "num_threads": num_threads,
         }
         backend = load_backend(

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_model.kernels.paged_decode import DecodeConfig, DecodePlan, paged_decode, paged_decode_reference
+from vllm_model.kernels.decode_plan import DecodeConfig, DecodePlan
+from vllm_model.kernels.paged_decode import paged_decode, paged_decode_reference
 
 Check = Callable[..., None]
 Make = Callable[..., Any]

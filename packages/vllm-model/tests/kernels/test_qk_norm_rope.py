@@ -108,6 +108,27 @@ def test_q_and_cache(
     run(tokens, heads, kv_heads, head_dim, rotary, norm, dtype, fp8, device, check)
 
 
+@pytest.mark.parametrize("rotary", [64, 32])
+def test_keep_k_leaves_the_finished_keys_in_their_place(rotary: int, device: str, check: Check) -> None:
+    """Next to queries and values, which stay as they came; padding stays whole."""
+    tokens, heads, kv_heads, head_dim = 5, 4, 2, 64
+    came = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device=device).bfloat16()
+    qkv, weights = came.clone(), [torch.randn(head_dim, device=device).bfloat16() for _ in range(2)]
+    integers = torch.arange(tokens, dtype=torch.int32, device=device)
+    slots = torch.where(integers == 3, -1, 0).int()
+    table = rope_table(16, rotary, 1e4, device)
+    cache = torch.zeros(1, kv_heads, 2, 16, head_dim, dtype=torch.bfloat16, device=device)
+    norms = {"q_weight": weights[0], "k_weight": weights[1]}
+    qk_norm_rope(qkv, table, integers, slots, integers[None, :1], cache, heads, keep_k=True, **norms)
+    wide = [weight.double() for weight in weights]
+    _, k, _ = qk_norm_rope_reference(came.double(), table, integers, heads, kv_heads, *wide)
+    live, keys = slots >= 0, slice(heads * head_dim, (heads + kv_heads) * head_dim)
+    check(qkv[live, keys], k.flatten(1)[live])
+    assert torch.equal(qkv[~live], came[~live])
+    qkv[:, keys] = came[:, keys]
+    assert torch.equal(qkv, came)
+
+
 def test_e4m3_needs_scales(device: str) -> None:
     cache = torch.zeros(1, 1, 2, 16, 16, device=device).to(torch.float8_e4m3fn)
     integers = torch.zeros(1, dtype=torch.int32, device=device)

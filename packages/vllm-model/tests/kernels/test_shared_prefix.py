@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_model.kernels.paged_decode import DecodeConfig, DecodePlan, paged_decode, paged_decode_reference
+from vllm_model.kernels.decode_plan import DecodeConfig, DecodePlan
+from vllm_model.kernels.paged_decode import paged_decode, paged_decode_reference
 from vllm_model.kernels.shared_prefix import PrefixWorkspace, attend_prefix, attend_prefix_reference, join_prefix
 
 Check = Callable[..., None]
@@ -21,9 +22,12 @@ def run(
     make: Any,
     device: str,
     check: Any,
+    *,
+    fp8: bool = False,
 ) -> None:
     """Rows share the first ``prefix`` keys of row 0, but for the strangers."""
-    paged = make(lengths, kv_heads, head_dim, DOT_TYPE)
+    paged = make(lengths, kv_heads, head_dim, DOT_TYPE, fp8=fp8)
+    scales = {"k_scale": paged.k_scale, "v_scale": paged.v_scale}
     slots = paged.slots.tolist()
     for row, slot in enumerate(slots):
         if row not in strangers:
@@ -40,14 +44,15 @@ def run(
         buffer.fill_(float("nan"))
     out = torch.full_like(q, float("nan"))
     plan.update(lens, paged.slots, paged.tables, skips=skips)
-    attend_prefix(q, paged.cache, paged.tables, leader, workspace)
-    paged_decode(q, paged.cache, plan, lse=workspace.lse, out=out)
+    attend_prefix(q, paged.cache, paged.tables, leader, workspace, **scales)
+    paged_decode(q, paged.cache, plan, lse=workspace.lse, out=out, **scales)
     join_prefix(out, skips, workspace)
     check(out, paged_decode_reference(q.double(), paged.exact, paged.tables, paged.slots, lens), 1e-2)
 
 
-def test_rows_behind_a_prefix_and_strangers(make_paged: Callable[..., Any], device: str, check: Check) -> None:
-    run(64, [65, 130, 40, 80], {2}, 4, 2, 32, make_paged, device, check)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_rows_behind_a_prefix_and_strangers(fp8: bool, make_paged: Callable[..., Any], device: str, check: Check) -> None:
+    run(64, [65, 130, 40, 80], {2}, 4, 2, 32, make_paged, device, check, fp8=fp8)
 
 
 def test_the_prefix_alone(make_paged: Callable[..., Any], device: str, check: Check) -> None:
@@ -65,10 +70,22 @@ def test_the_prefix_alone(make_paged: Callable[..., Any], device: str, check: Ch
     check(stats[..., 0].amax(0) * 0.6931471805599453 + total.log(), logsum, 1e-2)
 
 
+def test_shapes_are_checked(make_paged: Callable[..., Any], device: str) -> None:
+    paged = make_paged([64], 2, 32, DOT_TYPE)
+    q, leader = torch.zeros(3, 3, 32, dtype=DOT_TYPE, device=device), paged.slots.repeat(2)
+    with pytest.raises(ValueError, match="disagree"):
+        attend_prefix(q, paged.cache, paged.tables, leader, PrefixWorkspace(3, 3, 32, device))
+    with pytest.raises(ValueError, match="3 rows in a workspace for 2"):
+        attend_prefix(q[:, :2], paged.cache, paged.tables, leader, PrefixWorkspace(2, 2, 32, device))
+    with pytest.raises(ValueError, match="e4m3"):
+        attend_prefix(q[:, :2], paged.cache.to(torch.float8_e4m3fn), paged.tables, leader, PrefixWorkspace(3, 2, 32, device))
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 8, 128), (32, 8, 128), (6, 2, 64), (5, 1, 80), (8, 4, 256)])
 def test_on_the_card(
-    heads: int, kv_heads: int, head_dim: int, make_paged: Callable[..., Any], device: str, check: Check
+    heads: int, kv_heads: int, head_dim: int, fp8: bool, make_paged: Callable[..., Any], device: str, check: Check
 ) -> None:
     lengths = torch.randint(1100, 1500, (70,)).tolist()
-    run(1024, lengths, {3, 40}, heads, kv_heads, head_dim, make_paged, device, check)
+    run(1024, lengths, {3, 40}, heads, kv_heads, head_dim, make_paged, device, check, fp8=fp8)

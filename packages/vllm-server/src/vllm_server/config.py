@@ -52,6 +52,9 @@ class ServerConfig:
     block_size: int = _option(16, ENGINE, "tokens per KV block")
     gpu_memory_utilization: float = _option(0.9, ENGINE, "share of a GPU's memory to use")
     kv_cache_memory_bytes: int | None = _option(None, ENGINE, "memory for the KV cache; sized by itself if not given")
+    kv_cache_dtype: str = _option(
+        "auto", ENGINE, "what the KV cache holds; fp8: half the memory, on a GPU", choices=("auto", "fp8", "fp8_e4m3")
+    )
     enable_prefix_caching: bool = _option(True, ENGINE, "keep KV blocks for prompts that begin alike")
     scheduling_policy: str = _option(
         "fcfs",

@@ -131,7 +131,7 @@ def _backend(config: ServerConfig, path: Path) -> ModelBackend:
 
 def _hardware(config: ServerConfig) -> dict[str, Any]:
     """What the model and its draft share."""
-    names = ("device", "kv_cache_memory_bytes", "gpu_memory_utilization", "num_threads")
+    names = ("device", "kv_cache_memory_bytes", "gpu_memory_utilization", "kv_cache_dtype", "num_threads")
     return {name: getattr(config, name) for name in names}
 
 

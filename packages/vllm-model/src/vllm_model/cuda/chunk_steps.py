@@ -10,7 +10,6 @@ from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import THIN_ROWS, Forward
 from vllm_model.cuda.rows import DeviceRows, sampling_mode
 from vllm_model.kernels.library_prefill import LEAST, padded
-from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_traits.batch import Batch
 
 CHUNK_PARTS = (1, 2, 4, 8)
@@ -90,8 +89,7 @@ class ChunkSteps:
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
             if as_prompt:
                 return forward.attend_prompt(q, qkv, 0, size)
-            cache = forward.cache.layers[layer]
-            return paged_prefill(q, cache, forward.tables, rows[0, :most], rows[1, : most + 1], rows[2, :most])
+            return forward.attend_chunks(layer, q, rows[0, :most], rows[1, : most + 1], rows[2, :most])
 
         def run() -> torch.Tensor:
             last = self._rows.last_token[tokens[2].clamp(min=0)]

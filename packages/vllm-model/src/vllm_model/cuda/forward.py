@@ -9,16 +9,20 @@ import torch.nn.functional as F
 from vllm_model.cuda.device import Device
 from vllm_model.cuda.residual_stream import Choose, ResidualStream
 from vllm_model.decoder import Decoder
+from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.kernels.gemv import thin_linear
 from vllm_model.kernels.library_prefill import can_use_library, library_prefill, padded
 from vllm_model.kernels.linear import LinearWorkspace
 from vllm_model.kernels.linear_table import choose_linear
+from vllm_model.kernels.paged_decode import paged_decode
+from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
 from vllm_model.kernels.rms_norm import rms_norm
+from vllm_model.kernels.shared_prefix import PrefixWorkspace, attend_prefix
 from vllm_model.kv_cache import PagedKvCache
 
 THIN_ROWS = 2
-"""Most rows for which products are matrix-vector products of ours."""
+"""Up to here products are matrix-vector products of ours."""
 PARTS_ROOM = 1 << 22
 """Float32 values of the parts of products that cut their inputs."""
 
@@ -97,6 +101,8 @@ class Forward:
                 q_weight=layer.q_norm,
                 k_weight=layer.k_norm,
                 eps=config.rms_norm_eps,
+                k_scale=self.cache.k_scales[index],
+                v_scale=self.cache.v_scales[index],
                 out=None if q_room is None else q_room[:tokens],
                 keep_k=room > 0,
                 pdl=pdl,
@@ -114,6 +120,28 @@ class Forward:
         decoder, pdl = self._decoder, self._pdl
         x = rms_norm(hidden, decoder.norm, self.config.rms_norm_eps, pdl=pdl)
         return thin_linear(x, decoder.lm_head.weight, pdl=pdl) if len(x) <= self._thin_rows else decoder.lm_head(x)
+
+    def attend_single(self, layer: int, q: torch.Tensor, plan: DecodePlan, lse: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention of rows of one token, as :func:`paged_decode`."""
+        cache = self.cache
+        scales = cache.k_scales[layer], cache.v_scales[layer]
+        return paged_decode(q, cache.layers[layer], plan, lse=lse, k_scale=scales[0], v_scale=scales[1], pdl=self._pdl)
+
+    def attend_chunks(
+        self, layer: int, q: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, computed: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of rows of any tokens, as :func:`paged_prefill`."""
+        cache = self.cache
+        scales = cache.k_scales[layer], cache.v_scales[layer]
+        return paged_prefill(q, cache.layers[layer], self.tables, slots, starts, computed, k_scale=scales[0], v_scale=scales[1])
+
+    def attend_prefix(self, layer: int, q: torch.Tensor, leader: torch.Tensor, workspace: PrefixWorkspace) -> None:
+        """Attention of all rows over one shared prefix, as :func:`attend_prefix` of the kernels."""
+        cache = self.cache
+        scales = cache.k_scales[layer], cache.v_scales[layer]
+        attend_prefix(
+            q, cache.layers[layer], self.tables, leader, workspace, k_scale=scales[0], v_scale=scales[1], pdl=self._pdl
+        )
 
     def attend_prompt(self, q: torch.Tensor, qkv: torch.Tensor, start: int, length: int) -> torch.Tensor:
         """The library's attention of the whole prompt at ``start`` of the step; ``q`` and ``qkv`` have room behind it."""

@@ -12,8 +12,6 @@ from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows, sampling_mode
 from vllm_model.host_sampling import sample_in_pieces, wanted_tokens
 from vllm_model.kernels.library_prefill import LEAST, padded
-from vllm_model.kernels.paged_decode import paged_decode
-from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_model.verifier import Indices, SampledEntries, accept_guesses, guess_table, sampled_entries
 from vllm_traits.backend import CompletedStep
 from vllm_traits.batch import Batch
@@ -37,7 +35,7 @@ class LooseSteps:
         none, starts = tokens[:4] - 1, tokens[:8]
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-            return paged_prefill(q, forward.cache.layers[layer], forward.tables, none, starts[:5], none)
+            return forward.attend_chunks(layer, q, none, starts[:5], none)
 
         for room in (0, len(tokens)) if forward.has_library else (0,):
             forward.layers(tokens, tokens, tokens, attend, room=room)
@@ -96,7 +94,7 @@ class LooseSteps:
 
     def _hidden(self, batch: Batch, wanted: npt.NDArray[np.int64] | None = None) -> torch.Tensor:
         """Hidden states ``[rows, hidden]`` of each row's last token, or of ``wanted``."""
-        send, forward, lens, pdl = self._device.send, self._forward, batch.query_lens, self._device.pdl
+        send, forward, lens = self._device.send, self._forward, batch.query_lens
         self._rows.send_blocks(batch)
         rows = np.repeat(np.arange(batch.num_rows), lens)
         positions = np.arange(batch.num_tokens) - batch.query_start[rows] + batch.num_computed[rows]
@@ -114,7 +112,6 @@ class LooseSteps:
                 parts.append((single, self._part(batch, members), None if every else send(at, np.int64)))
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
-            cache = forward.cache.layers[layer]
             out = torch.empty_like(q)
             for start, length in dense:
                 done = forward.attend_prompt(q, qkv, start, length)
@@ -124,9 +121,9 @@ class LooseSteps:
             for single, (slots, starts, computed, _), at in parts:
                 mine = q if at is None else q[at]
                 if single:
-                    done = paged_decode(mine, cache, self._plans.of(len(mine)), pdl=pdl)
+                    done = forward.attend_single(layer, mine, self._plans.of(len(mine)))
                 else:
-                    done = paged_prefill(mine, cache, forward.tables, slots, starts, computed)
+                    done = forward.attend_chunks(layer, mine, slots, starts, computed)
                 if at is None:
                     return done
                 out[at] = done

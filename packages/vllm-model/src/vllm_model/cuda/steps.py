@@ -8,6 +8,7 @@ from vllm_model.cuda.device import Device
 from vllm_model.cuda.device_sampler import DeviceSampler
 from vllm_model.cuda.finish import Finisher, RunningStep
 from vllm_model.cuda.forward import Forward
+from vllm_model.cuda.kv_scales import measure_scales
 from vllm_model.cuda.loose_steps import LooseSteps
 from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows
@@ -46,7 +47,7 @@ class Steps:
         self._device = device
         self._rows = rows = DeviceRows(device, max_num_seqs, max_blocks)
         sampler = DeviceSampler(device, rows)
-        forward = Forward(device, decoder, cache, rows.tables)
+        self._forward = forward = Forward(device, decoder, cache, rows.tables)
         plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size)
         self.decode = DecodeSteps(device, forward, rows, sampler, plans)
         self.chunk = ChunkSteps(device, forward, rows, sampler, max_num_batched_tokens)
@@ -56,6 +57,8 @@ class Steps:
     def prepare(self) -> None:
         """Compile and capture what steps need."""
         self._device.compile(self.decode.compile, self.loose.compile)
+        if self._forward.cache.scales is not None:
+            measure_scales(self._device, self._forward)
         self.chunk.capture_all()
         self.decode.capture_all()
 

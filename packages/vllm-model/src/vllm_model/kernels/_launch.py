@@ -61,6 +61,12 @@ def power_of_two(value: int) -> int:
 
 
 @lru_cache(maxsize=16)
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a multiprocessor has the shared memory of Hopper's, 228 KB; of many it has 100. True for the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 200 << 10
+
+
+@lru_cache(maxsize=16)
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 2 for the interpreter, so that split paths run there too."""
     if device.type != "cuda":

@@ -6,6 +6,8 @@ the end of a prompt is hidden from it by the causal mask. Then only a few plans 
 
 import torch
 
+from vllm_model.kernels._paged import attention_reference
+
 LEAST = 1024
 """Shorter prompts run in one kernel with others instead."""
 STEP = 256
@@ -39,3 +41,8 @@ def library_prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: i
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))  # [1, heads, tokens, head_dim]
     out: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, 0.0, True, False)[0]
     return out[0].transpose(0, 1)[:length]
+
+
+def library_prefill_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> torch.Tensor:
+    """What :func:`library_prefill` computes, in the type of its arguments."""
+    return attention_reference(q[:length], k[:length], v[:length], 0)

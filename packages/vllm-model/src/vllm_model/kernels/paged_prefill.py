@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_model.kernels._launch import launch, power_of_two
-from vllm_model.kernels.paged_decode import attention_reference
+from vllm_model.kernels._paged import attention_reference, holds_e4m3, query_group, softmax_scale
 from vllm_model.kernels.qk_norm_rope import gather_cache_reference
 
 
@@ -240,19 +240,17 @@ def paged_prefill(
     Raises:
         ValueError: Shapes disagree, or scales are missing for an e4m3 cache.
     """
-    tokens, heads, head_dim = q.shape
-    _, kv_heads, _, block_size, cache_dim = kv_cache.shape
+    tokens, _, head_dim = q.shape
+    _, kv_heads, _, block_size, _ = kv_cache.shape
     rows = len(slots)
-    fp8 = kv_cache.dtype == torch.float8_e4m3fn
-    if heads % kv_heads or cache_dim != head_dim or head_dim > 256 or len(query_start) != rows + 1 or q.stride(1) != head_dim:
-        raise ValueError(f"q {tuple(q.shape)}, cache {tuple(kv_cache.shape)} and {rows} rows disagree")
-    if fp8 and (k_scale is None or v_scale is None):
-        raise ValueError("an e4m3 cache needs k_scale and v_scale")
+    fp8 = holds_e4m3(kv_cache, k_scale, v_scale)
+    group = query_group(q, kv_cache)
+    if len(query_start) != rows + 1 or len(num_computed) != rows:
+        raise ValueError(f"{rows} rows, {len(query_start)} starts and {len(num_computed)} first positions disagree")
     if out is None:
         out = torch.empty_like(q)
     if not tokens or not rows:
         return out
-    group = heads // kv_heads
     config = config or default_prefill_config(head_dim, group)
     block_tokens = config.block_m // group
     # The host knows only the sums, so the grid is their bound; programs past the last tile leave at once.
@@ -274,7 +272,7 @@ def paged_prefill(
         out.stride(0),
         block_tables.stride(0),
         kv_cache.stride(0),
-        (head_dim**-0.5 if scale is None else scale) * 1.4426950408889634,
+        softmax_scale(head_dim, scale),
         KV_HEADS=kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels._paged import holds_e4m3
 
 FP8_MAX = 448.0
 """The largest finite e4m3 number."""
@@ -179,11 +180,9 @@ def qk_norm_rope(
     tokens, width = qkv.shape
     _, kv_heads, _, block_size, head_dim = kv_cache.shape
     rotary = cos_sin.shape[1]
-    fp8 = kv_cache.dtype == torch.float8_e4m3fn
+    fp8 = holds_e4m3(kv_cache, k_scale, v_scale)
     if width != (num_heads + 2 * kv_heads) * head_dim or rotary > head_dim or rotary % 2:
         raise ValueError(f"qkv {tuple(qkv.shape)}, cache {tuple(kv_cache.shape)} and cos_sin {tuple(cos_sin.shape)} disagree")
-    if fp8 and (k_scale is None or v_scale is None):
-        raise ValueError("an e4m3 cache needs k_scale and v_scale")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight come together")
     if out is None:

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels._paged import holds_e4m3, query_group, softmax_scale
 from vllm_model.kernels.qk_norm_rope import gather_cache_reference
 
 SPLITS = 16
 """Programs that share the prefix of one KV head."""
 PREFIX_TILE = 64
 """A shared prefix is a multiple of this many tokens."""
-BLOCK_M = 128
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -29,6 +29,8 @@ def _prefix_kernel(
     leader_ptr,  # int32 [2]: a slot with the prefix, and its length
     part_ptr,  # float32 [SPLITS, rows, heads, D_BLOCK]
     stats_ptr,  # float32 [SPLITS, rows, heads, 2]: maximum, sum
+    k_scale_ptr,  # float32 [KV_HEADS]
+    v_scale_ptr,
     rows,
     tables_stride,
     block_stride,
@@ -42,6 +44,8 @@ def _prefix_kernel(
     M: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     head = tl.program_id(0) % KV_HEADS
@@ -63,7 +67,10 @@ def _prefix_kernel(
     denominator = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D_BLOCK], tl.float32)
     head_ptr = cache_ptr + head * (2 * BLOCK_SIZE * HEAD_DIM)
-    for start in tl.range(split * share, tl.minimum(split * share + share, length), TILE, num_stages=4):
+    scale = softmax_scale
+    if FP8:
+        scale *= tl.load(k_scale_ptr + head)
+    for start in tl.range(split * share, tl.minimum(split * share + share, length), TILE, num_stages=STAGES):
         key = start + n
         page = tl.load(table_ptr + key // BLOCK_SIZE).to(tl.int64)
         kv_ptr = head_ptr + (page * block_stride + key % BLOCK_SIZE * HEAD_DIM)[:, None] + d[None, :]
@@ -73,13 +80,18 @@ def _prefix_kernel(
         else:
             k = tl.load(kv_ptr, mask=(d < HEAD_DIM)[None, :], other=0.0)
             v = tl.load(kv_ptr + BLOCK_SIZE * HEAD_DIM, mask=(d < HEAD_DIM)[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(k)) * softmax_scale  # [M, TILE]
+        if FP8:
+            k = k.to(q.dtype)
+            v = v.to(q.dtype)
+        scores = tl.dot(q, tl.trans(k)) * scale  # [M, TILE]
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         weight = tl.exp2(scores - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)
         denominator = denominator * shrink + tl.sum(weight, axis=1)
         acc = tl.dot(weight.to(q.dtype), v, acc * shrink[:, None])
         highest = new_highest
+    if FP8:
+        acc *= tl.load(v_scale_ptr + head)
     place = (split * rows + row).to(tl.int64) * (KV_HEADS * GROUP) + query_head
     tl.store(part_ptr + place[:, None] * D_BLOCK + d[None, :], acc, mask=valid[:, None])
     tl.store(stats_ptr + place * 2, highest, mask=valid)
@@ -148,47 +160,64 @@ def attend_prefix(
     workspace: PrefixWorkspace,
     *,
     scale: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """Attention of all rows over one shared prefix, into the workspace.
 
     Args:
         q: ``[rows, num_heads, head_dim]`` bf16 or fp16, contiguous heads.
-        kv_cache: ``[num_blocks, num_kv_heads, 2, block_size, head_dim]``, the type of ``q``.
+        kv_cache: ``[num_blocks, num_kv_heads, 2, block_size, head_dim]``, the type of ``q`` or e4m3.
         block_tables: int32 ``[max_slots, max_blocks]``.
         leader: int32 ``[2]``: a slot whose first tokens are the prefix, and how many, a multiple of ``PREFIX_TILE``.
         workspace: Buffers.
         scale: Of the products; ``head_dim ** -0.5`` when None.
+        k_scale: float32 ``[num_kv_heads]``, for an e4m3 cache.
+        v_scale: float32 ``[num_kv_heads]``, likewise.
         pdl: Programmatic dependent launch.
+
+    Raises:
+        ValueError: Shapes disagree, more rows than the workspace has room for, or scales are missing for an e4m3 cache.
     """
-    rows, heads, head_dim = q.shape
+    rows, _, head_dim = q.shape
     _, kv_heads, _, block_size, _ = kv_cache.shape
-    group = heads // kv_heads
+    fp8 = holds_e4m3(kv_cache, k_scale, v_scale)
+    group = query_group(q, kv_cache)
+    if rows > workspace.max_rows:
+        raise ValueError(f"{rows} rows in a workspace for {workspace.max_rows}")
+    # Wide heads: what fits into the 99 KB that a program has on small cards.
+    block_m, tile, stages = (128, PREFIX_TILE, 4) if head_dim <= 128 else (64, PREFIX_TILE // 2, 2)
+    block_m = max(block_m, power_of_two(group))
     launch(
         _prefix_kernel,
-        (kv_heads * triton.cdiv(rows, BLOCK_M // group), SPLITS),
+        (kv_heads * triton.cdiv(rows, block_m // group), SPLITS),
         q,
         kv_cache,
         block_tables,
         leader,
         workspace.parts,
         workspace.stats,
+        k_scale,
+        v_scale,
         rows,
         block_tables.stride(0),
         kv_cache.stride(0),
         q.stride(0),
-        (head_dim**-0.5 if scale is None else scale) * 1.4426950408889634,
+        softmax_scale(head_dim, scale),
         KV_HEADS=kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
         D_BLOCK=power_of_two(head_dim),
         BLOCK_SIZE=block_size,
-        M=BLOCK_M,
-        TILE=PREFIX_TILE if head_dim <= 128 else 32,
+        M=block_m,
+        TILE=tile,
         SPLITS=SPLITS,
+        STAGES=stages,
+        FP8=fp8,
         PDL=pdl,
         num_warps=8,
-        num_stages=4,
+        num_stages=stages,
         **launch_options(pdl),
     )
 

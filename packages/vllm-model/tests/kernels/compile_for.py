@@ -1,0 +1,88 @@
+"""Compile the kernels for another card than this machine's, or none: ``compile_for.py CAPABILITY``, 89 for one.
+
+Prints a kernel and its bytes of shared memory in a line. Triton compiles without a card; only the launch needs one.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from vllm_model.kernels import _launch, decode_plan
+from vllm_model.kernels.gemv import thin_linear
+from vllm_model.kernels.paged_decode import paged_decode
+from vllm_model.kernels.paged_prefill import paged_prefill
+from vllm_model.kernels.qk_norm_rope import qk_norm_rope
+from vllm_model.kernels.rms_norm import rms_norm
+from vllm_model.kernels.sampling import SamplerWorkspace, sample
+from vllm_model.kernels.shared_prefix import PrefixWorkspace, attend_prefix, join_prefix
+from vllm_model.kernels.silu_mul import silu_mul
+
+HEADS, KV_HEADS, ROWS = 16, 8, 32
+
+
+class Absent:
+    """A driver of a card that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def attention(head_dim: int, fp8: bool) -> None:
+    """All that works on the cache."""
+    cache = torch.zeros(4, KV_HEADS, 2, 16, head_dim, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16)
+    scales = {"k_scale": torch.ones(KV_HEADS), "v_scale": torch.ones(KV_HEADS)} if fp8 else {}
+    tables, ints = torch.zeros(4, 4, dtype=torch.int32), torch.zeros(ROWS + 1, dtype=torch.int32)
+    q = torch.zeros(ROWS, HEADS, head_dim, dtype=torch.bfloat16)
+    rows = ints[:ROWS]
+    plan = decode_plan.DecodePlan(ROWS, HEADS, KV_HEADS, head_dim, "cpu", max_blocks=4)
+    plan.update(rows, rows, tables)
+    paged_decode(q, cache, plan, **scales)
+    paged_prefill(q, cache, tables, rows, ints, rows, **scales)
+    workspace = PrefixWorkspace(ROWS, HEADS, head_dim, "cpu")
+    attend_prefix(q, cache, tables, ints[:2], workspace, **scales)
+    join_prefix(q, rows, workspace)
+    qkv = torch.zeros(ROWS, (HEADS + 2 * KV_HEADS) * head_dim, dtype=torch.bfloat16)
+    qk_norm_rope(qkv, torch.zeros(64, head_dim), rows, rows, tables, cache, HEADS, **scales)
+
+
+def others() -> None:
+    """The rest of a step."""
+    x, weight = torch.zeros(2, 1024, dtype=torch.bfloat16), torch.zeros(2048, 1024, dtype=torch.bfloat16)
+    thin_linear(x, weight, norm_weight=weight[0])
+    thin_linear(x, weight, silu=True)
+    rms_norm(x, weight[0], 1e-6, x)
+    silu_mul(x)
+    ints = torch.zeros(2, dtype=torch.int32)
+    ones, filters = torch.ones(2), {"top_k": ints, "top_p": torch.ones(2), "min_p": torch.ones(2)}
+    for options in ({}, filters):
+        sample(x, ints, ints, ones, ints.long(), SamplerWorkspace(2, "cpu"), **options)
+
+
+def main() -> None:
+    """Compile, and print what each kernel takes."""
+    capability = int(sys.argv[1])
+    driver.set_active(Absent(capability))
+    decode_plan.has_large_shared_memory = lambda device: False
+    compiled: list[Any] = []
+    _launch._COMPILING.set(compiled)
+    for head_dim in (128, 256):
+        attention(head_dim, capability >= 89)
+    others()
+    for kernel in compiled:
+        print(kernel.metadata.name, kernel.metadata.shared)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
