@@ -15,20 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Bring 512 bytes behind each pointer into the second-level cache."""
-    tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0; }",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, prefetch, wait_for_previous
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -73,9 +60,9 @@ def _linear_kernel(
         if m_tile == 0:
             ahead = tl.minimum(begin + tl.arange(0, PREFETCH) * 256, k - 256)
             places = w_ptr + tl.minimum(j, n - 1).to(tl.int64)[:, None] * k + ahead[None, :]
-            _prefetch(places)
+            prefetch(places.to(tl.int64), 512)
             if SILU:
-                _prefetch(places + n.to(tl.int64) * k)
+                prefetch((places + n.to(tl.int64) * k).to(tl.int64), 512)
     wait_for_previous(PDL)
     m_mask = m < rows
     mask = m_mask[:, None] & (j < n)[None, :]

@@ -2,22 +2,24 @@
 
 from vllm_model.kernels.linear import LinearConfig
 
-SMALL_WEIGHTS = 16 << 20
-"""Weights of a product (bytes of 16-bit types) that take less time than starting the library's kernel: ours overlap."""
+SMALL = 16 << 20
+"""Up to here weights (values of 16 bits, in bytes) are read in less time than it takes to start kernels: ours overlap."""
 SMALL_ROWS = 128
-"""Most rows for such products: above, the library's larger tiles win."""
+"""Most rows for which all products of small weights are ours; above, the library's larger tiles win where outputs are many."""
+LARGE = {(6144, 4096): LinearConfig(64, 64, 128, 4, 7, 1, 1), (4096, 12288): LinearConfig(64, 32, 128, 4, 8, 1, 4)}
+"""Of 33 to 96 rows, by outputs and inputs."""
 
 
 def choose_linear(rows: int, n: int, k: int, silu: bool) -> LinearConfig | None:
-    """The launch of our own product of ``rows`` rows with ``n`` outputs and ``k`` inputs; None: the library's is faster.
-
-    All take up to 96 KiB of shared memory, so that they find room beside decode attention.
-    """
-    if rows > SMALL_ROWS or 2 * n * k * (2 if silu else 1) > SMALL_WEIGHTS:
-        return None
+    """The launch of our own product of ``rows`` rows with ``n`` outputs and ``k`` inputs; None: the library's is faster."""
+    if rows > 256 or 2 * n * k * (2 if silu else 1) > SMALL:
+        return LARGE.get((n, k)) if 32 < rows <= 96 else None
+    narrow = n < 2048 and not silu
+    if rows > SMALL_ROWS:
+        return LinearConfig(64, 32, 128, 4, 8, 1, 4) if narrow else None
+    if narrow:
+        return LinearConfig(64, 32, 128, 4, 4, 2, 4)
     wide = rows > SMALL_ROWS - 32
     if silu:
         return LinearConfig(64, 64, 64, 4, 4, 1, 4) if wide else LinearConfig(64, 32, 128, 4, 3, 1, 4)
-    if n < 2048:
-        return LinearConfig(64, 32, 128, 4, 4, 2, 4)
     return LinearConfig(64, 64, 128, 4, 3, 1, 4) if wide else LinearConfig(64, 32, 128, 4, 4, 1, 4)

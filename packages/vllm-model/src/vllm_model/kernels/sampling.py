@@ -521,9 +521,9 @@ def sample(
             num_warps=max(1, min(32, block // 256)),
             **launch_options(pdl),
         )
-    block = min(power_of_two(vocab), 1024)
+    block = min(power_of_two(vocab), 256)  # of one warp, which leaves out most noise: it decides for a block at a time
     # The maximum is exact, so the number of programs may follow the batch.
-    splits = max(1, min(triton.cdiv(16 * num_sms(logits.device), rows), triton.cdiv(vocab, block), workspace.MAX_SPLITS))
+    splits = max(1, min(triton.cdiv(32 * num_sms(logits.device), rows), triton.cdiv(vocab, block), workspace.MAX_SPLITS))
     share = triton.cdiv(triton.cdiv(vocab, splits), block) * block
     splits = triton.cdiv(vocab, share)
     launch(
@@ -548,7 +548,7 @@ def sample(
         RANDOM=not greedy,
         BLOCK=block,
         PDL=pdl,
-        num_warps=4,
+        num_warps=1,
         **launch_options(pdl),
     )
     return out
