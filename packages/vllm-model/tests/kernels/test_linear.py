@@ -39,7 +39,7 @@ def run(
     x = torch.randn(rows, k + 8, device=device).to(dtype)[:, :k]
     weight = (torch.randn(n * (2 if silu else 1), k, device=device) * k**-0.5).to(dtype)
     assert fits(x, weight)
-    workspace = LinearWorkspace(1 << 20, device)
+    workspace = LinearWorkspace(1 << 23, device)
     norm_weight = torch.randn(k, device=device).to(dtype) if parts else None
     given: torch.Tensor | Scaled = x
     if norm_weight is not None:
@@ -68,7 +68,7 @@ def run_residual(
     weight = (torch.randn(n, k, device=device) * k**-0.5).to(dtype)
     residual, norm_weight = torch.randn(rows, n, device=device).to(dtype), torch.randn(n, device=device).to(dtype)
     total = residual.double() + linear_reference(x.double(), weight.double())
-    workspace = LinearWorkspace(1 << 20, device)
+    workspace = LinearWorkspace(1 << 23, device)
     scaled = linear_residual(x, weight, residual, norm_weight, config, workspace=workspace, pdl=pdl)
     check(residual, total)
     check(scaled.x, residual.double() * norm_weight.double())
