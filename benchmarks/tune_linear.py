@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from bench_kernels import bf16, micros
 
 from vllm_model.cuda.residual_stream import ResidualStream
-from vllm_model.decoder import Linear
 from vllm_model.kernels.linear import LinearConfig, LinearWorkspace, Scaled, linear, linear_residual
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
+from vllm_model.linear import Linear
 
 PROCESSES = 16
 ROWS = (16, 64, 128, 192, 256)

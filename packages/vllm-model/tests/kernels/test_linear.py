@@ -115,6 +115,7 @@ def test_refusals(device: str) -> None:
         linear(x, w, CUT, workspace=LinearWorkspace(16, device))
     assert fits(x, w)
     assert not fits(x.float(), w)
+    assert not fits(x, w.to(torch.int8))
     assert not fits(x[:, 1:], w)
     assert not fits(x[:, :60], torch.zeros(32, 60, dtype=torch.float16, device=device))
 

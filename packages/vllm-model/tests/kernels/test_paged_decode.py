@@ -6,7 +6,6 @@ import torch
 
 from vllm_model.kernels.decode_plan import DecodeConfig, DecodePlan
 from vllm_model.kernels.paged_decode import paged_decode, paged_decode_reference
-from vllm_model.kernels.qk_norm_rope import qk_norm_rope
 
 Check = Callable[..., None]
 Make = Callable[..., Any]
@@ -144,31 +143,3 @@ def test_a_graph_follows_the_lengths(make_paged: Make, device: str, check: Check
         out.fill_(float("nan"))
         graph.replay()
         check(out, paged_decode_reference(q.double(), paged.exact, paged.tables, paged.slots, lens))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [[640] * 64, [1, 0, 5, 2000, 17]])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_pages_asked_for_early_change_nothing(lengths: list[int], fp8: bool, make_paged: Make, device: str) -> None:
-    """By this kernel and by the one ahead of it, which writes this step's keys and values meanwhile."""
-    rows, heads = len(lengths), 16
-    paged = make_paged(lengths, 8, 128, torch.bfloat16, fp8=fp8)
-    lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    slots = torch.where(lens > 0, paged.slots, -1)
-    qkv, cos_sin = torch.randn(rows, (heads + 16) * 128, device=device).bfloat16(), torch.rand(4096, 128, device=device)
-    scales = {"k_scale": paged.k_scale, "v_scale": paged.v_scale}
-
-    def attend(asked: int, ahead: int) -> torch.Tensor:
-        cache = paged.cache.clone()
-        config = DecodeConfig(32, 4, 2, 5, asked, ahead)
-        plan = DecodePlan(256, heads, 8, 128, device, max_blocks=paged.tables.shape[1], config=config)
-        plan.update(lens, slots, paged.tables, pdl=True)
-        torch.cuda.synchronize()
-        positions = (lens - 1).clamp(min=0)
-        q = qk_norm_rope(qkv, cos_sin, positions, slots, paged.tables, cache, heads, ahead=plan, pdl=True, **scales)
-        q[slots < 0] = 0
-        return paged_decode(q, cache, plan, pdl=True, **scales)
-
-    plain = attend(0, 0)
-    for asked, ahead in ((8, 0), (0, 4), (8, 8)):
-        assert torch.equal(attend(asked, ahead), plain)

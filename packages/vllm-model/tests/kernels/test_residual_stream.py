@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from vllm_model.cuda.residual_stream import ResidualStream
-from vllm_model.decoder import Linear
 from vllm_model.kernels.linear import LinearConfig, LinearWorkspace
+from vllm_model.linear import Linear
 
 OURS = LinearConfig(16, 16, 16, num_stages=2)
 

@@ -16,8 +16,8 @@ from vllm_model.kernels._launch import power_of_two
 from vllm_model.kernels.shared_prefix import PREFIX_TILE, PrefixWorkspace, join_prefix
 from vllm_traits.batch import Batch
 
-GRAPH_SIZES = (1, 2, 4, *range(8, 129, 8), 144, 160, 176, 208, 256)
-"""Rows that graphs are captured for; the library's products of the sizes left out take longer than of the next one."""
+GRAPH_SIZES = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16))
+"""Rows that graphs are captured for."""
 FIELDS = 6
 """Of a row that the host sends: the five of :meth:`DeviceRows.stage`, and how much of it is shared."""
 LEADER = 4
@@ -113,7 +113,7 @@ class DecodeSteps:
             join_prefix(out, skips, workspace, pdl=pdl)
             return out
 
-        hidden = forward.layers(token_ids, positions, slots, attend, plan=plan)
+        hidden = forward.layers(token_ids, positions, slots, attend)
         tokens = self._sampler.draw(forward.logits(hidden), slots, positions + 1, mode)
         self._rows.keep(tokens, slots)
         return tokens

@@ -62,7 +62,6 @@ class Forward:
         keep: torch.Tensor | None = None,
         *,
         room: int = 0,
-        plan: DecodePlan | None = None,
     ) -> torch.Tensor:
         """Run a step's tokens through the layers.
 
@@ -70,7 +69,6 @@ class Forward:
             token_ids, positions, slots: int32 ``[tokens]``; where the slot is -1, nothing is written.
             attend: The attention of this step.
             keep: int64 ``[rows]``, tokens that go on after the last attention; None: all.
-            plan: Of the attention, where all rows are single tokens.
             room: Queries and QKV have that many rows, the last of them zeros; 0: as many as tokens.
 
         Returns:
@@ -107,7 +105,6 @@ class Forward:
                 v_scale=self.cache.v_scales[index],
                 out=None if q_room is None else q_room[:tokens],
                 keep_k=room > 0,
-                ahead=plan,
                 pdl=pdl,
             )
             attended = attend(index, q if q_room is None else q_room, qkv if qkv_room is None else qkv_room).view(tokens, -1)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_model.decoder import Linear
 from vllm_model.kernels.gemv import thin_linear
 from vllm_model.kernels.linear import LinearConfig, LinearWorkspace, Scaled, fits, linear, linear_residual
 from vllm_model.kernels.rms_norm import rms_norm
 from vllm_model.kernels.silu_mul import silu_mul
+from vllm_model.linear import Linear
 
 Choose = Callable[[int, int, int, bool], LinearConfig | None]
 """From rows, outputs, inputs and whether a gate follows to the launch of our own product; None: the library's is faster."""

@@ -50,19 +50,6 @@ def wait_for_previous(PDL: tl.constexpr):  # noqa: N803  constexpr arguments are
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit
-def prefetch(addresses, SIZE: tl.constexpr):  # noqa: N803
-    """Bring ``SIZE`` bytes (a multiple of 16) behind each address (int64, as many as threads or more) into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [addresses, tl.full(addresses.shape, SIZE, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 def launch_options(pdl: bool) -> dict[str, bool]:
     """Launch keywords; Triton's interpreter knows no ``launch_pdl``, so it is named only where it is wanted."""
     return {"launch_pdl": True} if pdl else {}

@@ -24,7 +24,6 @@ from vllm_model.kernels._launch import (
     launch_options,
     num_sms,
     power_of_two,
-    prefetch,
     wait_for_previous,
 )
 
@@ -109,33 +108,6 @@ def _plan_kernel(
             tl.store(entries_ptr + my_first + unit, (place << 8) | count, mask=unit < units)
 
 
-@triton.jit
-def prefetch_run(
-    plan_ptr,  # [PROGRAMS, 16]
-    entries_ptr,  # [tiles * (TILE // UNIT)]
-    cache_ptr,  # [num_blocks, KV_HEADS, 2, BLOCK_SIZE, HEAD_DIM]
-    block_stride,
-    program,
-    PER_TILE: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGES: tl.constexpr,
-    SLICES: tl.constexpr,
-):
-    """Ask for the first ``PAGES`` (of ``PAGE`` values, keys and values of a head) that a program reads; plan of whole blocks.
-
-    The threads of the caller are ``PAGES * SLICES``. What this step itself writes may be among them: it is written there.
-    """
-    end = tl.load(plan_ptr + program * 16 + 1)
-    each = tl.load(plan_ptr + program * 16 + 7)
-    page = tl.arange(0, PAGES)
-    at = tl.maximum(tl.minimum(tl.load(plan_ptr + program * 16) + page // PER_TILE, end - 1), 0)
-    head = at // each
-    block = tl.load(entries_ptr + (at - head * each) * PER_TILE + page % PER_TILE) >> 8
-    place = (cache_ptr + block.to(tl.int64) * block_stride + head * PAGE).to(tl.int64)
-    size: tl.constexpr = PAGE * cache_ptr.dtype.element_ty.primitive_bitwidth // 8 // SLICES
-    prefetch(place[:, None] + (tl.arange(0, SLICES) * size)[None, :], size)
-
-
 @dataclass(frozen=True)
 class DecodeConfig:
     """Launch shape of the decode kernel; the plan and the kernel must share it.
@@ -145,16 +117,12 @@ class DecodeConfig:
         programs_per_sm: The grid is this many times the multiprocessors.
         num_warps: Warps of a program.
         num_stages: Depth of the load pipeline.
-        prefetch: Pages that each program asks for before it waits for the kernel ahead.
-        ahead: Pages of each program that the kernel ahead asks for.
     """
 
     tile: int = 64
     programs_per_sm: int = 3
     num_warps: int = 4
     num_stages: int = 4
-    prefetch: int = 0
-    ahead: int = 0
 
 
 def default_decode_config(head_dim: int, max_rows: int, device: torch.device) -> DecodeConfig:
@@ -215,11 +183,6 @@ class DecodePlan:
         self.parts = torch.empty(self.programs, 2, rows, power_of_two(head_dim), dtype=torch.float32, device=self.device)
         self.stats = torch.empty(self.programs, 2, 2, rows, dtype=torch.float32, device=self.device)
         self.counts = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=self.device)
-
-    def can_prefetch(self, kv_cache: torch.Tensor) -> bool:
-        """Whether pages can be asked for: tiles of whole blocks, keys and values of a head cut into slices of 16 bytes."""
-        page = 2 * self.block_size * self.head_dim * kv_cache.element_size()
-        return self.unit == self.block_size and page % 2048 == 0
 
     def update(
         self,

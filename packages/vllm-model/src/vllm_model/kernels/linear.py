@@ -15,7 +15,20 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_model.kernels._launch import launch, launch_options, power_of_two, prefetch, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Bring 512 bytes behind each pointer into the second-level cache."""
+    tl.inline_asm_elementwise(
+        "{ cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0; }",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -60,9 +73,9 @@ def _linear_kernel(
         if m_tile == 0:
             ahead = tl.minimum(begin + tl.arange(0, PREFETCH) * 256, k - 256)
             places = w_ptr + tl.minimum(j, n - 1).to(tl.int64)[:, None] * k + ahead[None, :]
-            prefetch(places.to(tl.int64), 512)
+            _prefetch(places)
             if SILU:
-                prefetch((places + n.to(tl.int64) * k).to(tl.int64), 512)
+                _prefetch(places + n.to(tl.int64) * k)
     wait_for_previous(PDL)
     m_mask = m < rows
     mask = m_mask[:, None] & (j < n)[None, :]
@@ -167,9 +180,10 @@ class Scaled:
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the copy engine can read these: 16-bit types, rows of whole 16 bytes."""
+    """Whether the copy engine can read these: of one 16-bit type, rows of whole 16 bytes."""
     return (
-        x.element_size() == 2
+        x.dtype == weight.dtype
+        and x.element_size() == 2
         and x.stride(1) == 1
         and weight.is_contiguous()
         and (x.stride(0) | weight.shape[1]) % 8 == 0

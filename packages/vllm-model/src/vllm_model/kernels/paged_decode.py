@@ -13,7 +13,7 @@ import triton.language as tl
 
 from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
 from vllm_model.kernels._paged import attention_reference, holds_e4m3, query_group, softmax_scale
-from vllm_model.kernels.decode_plan import DecodePlan, prefetch_run
+from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.kernels.qk_norm_rope import gather_cache_reference
 
 
@@ -190,8 +190,6 @@ def _decode_kernel(
     UNIT: tl.constexpr,
     PROGRAMS: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    SLICES: tl.constexpr,
     FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -217,9 +215,6 @@ def _decode_kernel(
     io = (m // GROUP).to(tl.int64)[:, None] * q_stride + ((m % GROUP) * HEAD_DIM)[:, None] + d[None, :]
     per_tile: tl.constexpr = TILE // UNIT
     per_block: tl.constexpr = BLOCK_SIZE // UNIT
-    if PREFETCH > 0:
-        page: tl.constexpr = 2 * BLOCK_SIZE * HEAD_DIM
-        prefetch_run(plan_ptr, entries_ptr, cache_ptr, block_stride, program, per_tile, page, PREFETCH, SLICES)
     wait_for_previous(PDL)
 
     if begin < end:
@@ -443,8 +438,6 @@ def paged_decode(
         UNIT=plan.unit,
         PROGRAMS=plan.programs,
         STAGES=config.num_stages,
-        PREFETCH=config.prefetch if pdl and plan.can_prefetch(kv_cache) else 0,
-        SLICES=32 * config.num_warps // max(config.prefetch, 1),
         FP8=fp8,
         PDL=pdl,
         num_warps=config.num_warps,

@@ -11,7 +11,6 @@ import triton.language as tl
 
 from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
 from vllm_model.kernels._paged import holds_e4m3
-from vllm_model.kernels.decode_plan import DecodePlan, prefetch_run
 
 FP8_MAX = 448.0
 """The largest finite e4m3 number."""
@@ -37,8 +36,6 @@ def _qk_norm_rope_kernel(
     cache_ptr,  # [num_blocks, KV_HEADS, 2, BLOCK_SIZE, HEAD_DIM]
     k_scale_ptr,  # float32 [KV_HEADS]
     v_scale_ptr,  # float32 [KV_HEADS]
-    plan_ptr,  # [PROGRAMS, 16], of the attention behind this kernel, or None
-    entries_ptr,
     qkv_stride,
     tables_stride,
     block_stride,
@@ -54,21 +51,12 @@ def _qk_norm_rope_kernel(
     NORM: tl.constexpr,
     FP8: tl.constexpr,
     KEEP_K: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    PER_TILE: tl.constexpr,
-    AHEAD: tl.constexpr,
-    SLICES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)  # over q, k and v heads
     half = tl.arange(0, HALF_BLOCK)
     REST: tl.constexpr = HEAD_DIM - 2 * ROT_HALF
-    if AHEAD > 0:
-        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        for each in range(program, PROGRAMS, tl.num_programs(0) * tl.num_programs(1)):
-            page: tl.constexpr = 2 * BLOCK_SIZE * HEAD_DIM
-            prefetch_run(plan_ptr, entries_ptr, cache_ptr, block_stride, each, PER_TILE, page, AHEAD, SLICES)
     wait_for_previous(PDL)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     if slot >= 0:
@@ -161,7 +149,6 @@ def qk_norm_rope(
     v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     keep_k: bool = False,
-    ahead: DecodePlan | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Normalise and rotate Q and K, return Q, write K and V to their places in the cache.
@@ -182,7 +169,6 @@ def qk_norm_rope(
         v_scale: float32 ``[num_kv_heads]``, likewise.
         out: ``[tokens, num_heads, head_dim]``, contiguous; a new tensor when None.
         keep_k: Leave the finished K in its place in ``qkv`` as well.
-        ahead: Of the attention that follows, whose first keys and values are asked for; at least two launches old.
         pdl: Programmatic dependent launch.
 
     Returns:
@@ -206,8 +192,6 @@ def qk_norm_rope(
     total = num_heads + 2 * kv_heads
     half_block = power_of_two(rotary // 2)
     heads = min(power_of_two(total), max(1, (256 if tokens <= 64 else 1024) // (2 * half_block)))
-    warps = 1 if tokens <= 64 else 4
-    asked = ahead.config.ahead if ahead is not None and pdl and ahead.can_prefetch(kv_cache) else 0
     launch(
         _qk_norm_rope_kernel,
         (tokens, triton.cdiv(total, heads)),
@@ -222,8 +206,6 @@ def qk_norm_rope(
         kv_cache,
         k_scale,
         v_scale,
-        ahead.plan if ahead is not None and asked else None,
-        ahead.entries if ahead is not None and asked else None,
         qkv.stride(0),
         block_tables.stride(0),
         kv_cache.stride(0),
@@ -239,12 +221,8 @@ def qk_norm_rope(
         NORM=q_weight is not None,
         FP8=fp8,
         KEEP_K=keep_k,
-        PROGRAMS=ahead.programs if ahead is not None and asked else 0,
-        PER_TILE=ahead.config.tile // ahead.unit if ahead is not None and asked else 1,
-        AHEAD=asked,
-        SLICES=32 * warps // max(asked, 1),
         PDL=pdl,
-        num_warps=warps,
+        num_warps=1 if tokens <= 64 else 4,
         **launch_options(pdl),
     )
     return out
