@@ -13,7 +13,7 @@ from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.kernels.gemv import thin_linear
 from vllm_model.kernels.library_prefill import can_use_library, library_prefill, padded
 from vllm_model.kernels.linear import LinearWorkspace
-from vllm_model.kernels.linear_table import choose_linear
+from vllm_model.kernels.linear_table import choose_linear, has_table
 from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
@@ -47,8 +47,9 @@ class Forward:
         self.config = decoder.config
         self.cache, self.tables = cache, tables
         self._decoder, self._pdl = decoder, device.pdl
-        self._choose: Choose = choose_linear if device.pdl else lambda rows, n, k, silu: None
-        self._workspace = LinearWorkspace(PARTS_ROOM if device.pdl else 0, device.device)
+        ours = has_table(device.device)
+        self._choose: Choose = choose_linear if ours else lambda rows, n, k, silu: None
+        self._workspace = LinearWorkspace(PARTS_ROOM if ours else 0, device.device)
         self._thin_rows = THIN_ROWS if device.device.type == "cuda" else 0  # of interpreted kernels these are the slowest
         self._cos_sin = torch.cat(decoder.rotary, dim=1).contiguous()  # [max_len, head_dim]
         self.has_library = can_use_library(device.device, decoder.embedding.dtype, self.config.head_dim)
