@@ -134,7 +134,7 @@ def test_logits_are_as_close_to_float32_as_those_of_transformers(
     record_property("relative errors", {name: f"{error:.2e}" for name, error in errors.items()})
     assert 0 < errors["bf16"] < 1.02 * errors["theirs"]  # the same operations in another order differ by a hundredth
     if device == "cuda":
-        assert errors["bf16"] < errors["e4m3"] < 0.1
+        assert errors["bf16"] < errors["e4m3"] < 6 * errors["bf16"]
 
 
 Load = list[tuple[list[int], SamplingParams]]
