@@ -9,7 +9,9 @@ import torch
 
 from vllm_core import Engine, EngineConfig, SamplingParams
 from vllm_model import load_backend
-from vllm_model.backend import free_memory_bytes, usable_cores
+from vllm_model.backend import TorchBackend, free_memory_bytes, usable_cores
+from vllm_model.loaders import load_config, load_weights
+from vllm_model.quantization import QuantizedTensor
 from vllm_traits import BatchState, conformance
 from vllm_traits.errors import BackendOutOfMemoryError, ConfigError, KvCacheTooSmallError, UnsupportedModelError
 
@@ -68,13 +70,54 @@ def test_memory_is_sized_and_too_little_is_refused(folder: Path) -> None:
     assert free_memory_bytes() > 0
 
 
+@pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", "int8"), ("bfloat16", "int4"), ("float32", "int4")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantized_weights_run_the_contract_of_greedy_tokens(
+    random_model: Callable[..., tuple[Path, Any]], dtype: str, quantization: Any, tied: bool
+) -> None:
+    """Widths of whole groups, biases, tied or not: the same tokens at once and in chunks."""
+    changes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "tie_word_embeddings": tied}
+    folder, _ = random_model("Qwen2ForCausalLM", **changes)
+    outputs = []
+    for most in (64, 5):
+        engine = Engine(
+            load_backend(folder, dtype=dtype, quantization=quantization, kv_cache_memory_bytes=1 << 22),
+            config=EngineConfig(max_num_batched_tokens=most, max_num_seqs=2),
+        )
+        output = engine.add_request("a", list(range(40)), SamplingParams(temperature=0, max_tokens=5))
+        while engine.has_unfinished_requests():
+            engine.step()
+        outputs.append(output.outputs[0].token_ids)
+    assert outputs[0] == outputs[1]
+
+
+def test_quantized_models_say_what_the_dequantized_ones_say(random_model: Callable[..., tuple[Path, Any]]) -> None:
+    """Of one matrix of whole groups and others that have none."""
+    folder, _ = random_model("LlamaForCausalLM", hidden_size=64, intermediate_size=80, num_attention_heads=4)
+    config = load_config(folder)
+    weights = load_weights(folder, config, dtype=torch.float32, quantization="int4")
+    kinds = {name.split(".")[-2]: type(weight) for name, weight in weights.items()}
+    assert kinds["up_proj"] is kinds["lm_head"] is QuantizedTensor
+    assert kinds["down_proj"] is kinds["norm"] is torch.Tensor
+    plain = {name: w.dequantize(torch.float32) if isinstance(w, QuantizedTensor) else w for name, w in weights.items()}
+    prompt, logprobs = list(range(30)), []
+    for some in (weights, plain):
+        engine = Engine(TorchBackend(config, some, kv_cache_memory_bytes=1 << 22))
+        output = engine.add_request("a", prompt, SamplingParams(temperature=0, max_tokens=8, logprobs=0))
+        while engine.has_unfinished_requests():
+            engine.step()
+        assert output.outputs[0].logprobs is not None
+        logprobs.append([entry.logprobs[0] for entry in output.outputs[0].logprobs])
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"dtype": "int3"}, "dtype"),
         ({"device": "tpu"}, "device"),
         ({"device": "cuda:7"}, "device"),
-        ({"quantization": "int1"}, "quantization"),
+        ({"quantization": "int1"}, "quantization is 'int1'; it must be one of none, int8, int4"),
         ({"load_format": "pickle"}, "load_format"),
         ({"max_model_len": 1000}, "max_model_len"),
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization"),
@@ -83,6 +126,12 @@ def test_memory_is_sized_and_too_little_is_refused(folder: Path) -> None:
 def test_wrong_settings_are_named(folder: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_backend(folder, **settings)
+
+
+def test_quantizing_for_a_gpu_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"'int4' is for the CPU.*leave it out"):
+        load_backend(folder, device="cuda", quantization="int4")
 
 
 def test_an_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from vllm_model.loaders import read_gguf_metadata
 from vllm_model.loaders.gguf_file import read_gguf_header
 from vllm_model.loaders.gguf_loader import ROPE_FACTORS, SUPPORTED_TYPES, hf_name, llama3_scaling, load_gguf
+from vllm_model.quantization import QuantizedTensor
 from vllm_traits.errors import ModelLoadError, UnsupportedModelError, VllmError, WeightsError
 
 Type = gguf.GGMLQuantizationType
@@ -66,15 +68,80 @@ def test_every_type_reads_as_the_library_does(tmp_path: Path, kind: Type) -> Non
     np.testing.assert_allclose(weights[EMBED].numpy(), want, rtol=1e-6, atol=1e-6)
 
 
+def reference(stored: np.ndarray, kind: Type) -> torch.Tensor:
+    return torch.from_numpy(gguf.dequantize(stored, kind))
+
+
+def packed(tmp_path: Path, stored: np.ndarray, kind: Type) -> QuantizedTensor:
+    rows, width = len(stored), reference(stored[:1], kind).shape[1]
+    path = write(tmp_path / "m.gguf", {"token_embd.weight": stored}, {"token_embd.weight": kind})
+    got = load_gguf(path, {EMBED: (rows, width)}, dtype=torch.bfloat16, device=CPU, quantization=None)[EMBED]
+    assert isinstance(got, QuantizedTensor)
+    return got
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(Type.Q4_0, 4), (Type.Q4_1, 4), (Type.Q8_0, 8)], ids=lambda kind: str(kind))
+def test_blocks_of_32_are_packed_as_they_are(tmp_path: Path, kind: Type, bits: int) -> None:
+    stored = raw_blocks(kind, 8, 512)
+    got = packed(tmp_path, stored, kind)
+    assert got.bits == bits
+    torch.testing.assert_close(got.dequantize(torch.float32), reference(stored, kind), rtol=1e-6, atol=1e-6)
+
+
+def k_quants(kind: Type) -> np.ndarray:
+    """Blocks as a file has them: values of any kind, the scales of a whole block between 2**-9 and 2**-8."""
+    stored = raw_blocks(kind, 64, 1024)
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    half = np.random.default_rng(0).uniform(2**-9, 2**-8, (64, stored.shape[1] // size, 2)).astype(np.float16).view(np.uint8)
+    at = {Type.Q2_K: [80, 82], Type.Q3_K: [108], Type.Q6_K: [208], Type.Q5_0: [0], Type.Q5_1: [0, 2]}.get(kind, [0, 2])
+    blocks = stored.reshape(64, -1, size)
+    for i, offset in enumerate(at):
+        blocks[:, :, offset : offset + 2] = half[..., 2 * i : 2 * i + 2]
+    return stored
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "bound"),
+    [
+        (Type.Q4_K, 4, 0.0005),
+        (Type.Q2_K, 8, 0.006),
+        (Type.Q3_K, 8, 0.006),
+        (Type.Q5_0, 8, 0.006),
+        (Type.Q5_1, 8, 0.006),
+        (Type.Q5_K, 8, 0.006),
+        (Type.Q6_K, 8, 0.006),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_other_blocks_are_packed_near_to_what_they_are(tmp_path: Path, kind: Type, bits: int, bound: float) -> None:
+    stored = k_quants(kind)
+    got, want = packed(tmp_path, stored, kind), reference(stored, kind)
+    assert got.bits == bits
+    assert float((got.dequantize(torch.float32) - want).norm() / want.norm()) < bound
+
+
+def test_floats_stay_floats_unless_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", {"token_embd.weight": np.ones((4, 32), np.float16)})
+    shapes = {EMBED: (4, 32)}
+    stored = load_gguf(path, shapes, dtype=torch.bfloat16, device=CPU, quantization=None)[EMBED]
+    assert isinstance(stored, torch.Tensor)
+    assert stored.dtype == torch.bfloat16
+    asked = load_gguf(path, shapes, dtype=torch.bfloat16, device=CPU, quantization="int8")[EMBED]
+    assert isinstance(asked, QuantizedTensor)
+
+
+@pytest.mark.parametrize("quantization", ["none", None])
 @pytest.mark.parametrize(("arch", "permuted"), [("llama", True), ("qwen2", False), ("qwen3", False)])
-def test_rotary_rows_are_put_back_for_llama_only(tmp_path: Path, arch: str, permuted: bool) -> None:
-    original = np.arange(16 * 32, dtype=np.float32).reshape(16, 32)
+def test_rotary_rows_are_put_back_for_llama_only(tmp_path: Path, arch: str, permuted: bool, quantization: Any) -> None:
+    original = np.repeat(np.arange(16, dtype=np.float32), 32).reshape(16, 32)
     stored = original
     if permuted:  # what llama.cpp's converter does: [head, half, pair] -> [head, pair, half]
         stored = np.ascontiguousarray(original.reshape(2, 2, 4, 32).swapaxes(1, 2)).reshape(16, 32)
-    path = write(tmp_path / "m.gguf", {"blk.0.attn_q.weight": stored}, arch=arch, heads=2)
-    weights = load_gguf(path, {Q_PROJ: (16, 32)}, dtype=torch.float32, device=CPU)
-    np.testing.assert_array_equal(weights[Q_PROJ].numpy(), original)
+    blocks = gguf.quantize(stored, Type.Q4_1)
+    path = write(tmp_path / "m.gguf", {"blk.0.attn_q.weight": blocks}, {"blk.0.attn_q.weight": Type.Q4_1}, arch=arch, heads=2)
+    got = load_gguf(path, {Q_PROJ: (16, 32)}, dtype=torch.float32, device=CPU, quantization=quantization)[Q_PROJ]
+    plain = got.dequantize(torch.float32) if isinstance(got, QuantizedTensor) else got
+    np.testing.assert_array_equal(plain.numpy(), original)
 
 
 def test_heads_that_do_not_divide_the_rows_are_refused(tmp_path: Path) -> None:

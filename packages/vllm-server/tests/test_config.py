@@ -51,6 +51,7 @@ def test_speculation_is_json_everywhere_and_may_be_a_table_in_the_file(tmp_path:
         ({"VLLM_PORT": "70000"}, "port"),
         ({"VLLM_SPECULATIVE_CONFIG": "ngram"}, "speculative_config is not a JSON object"),
         ({"VLLM_SPECULATIVE_CONFIG": '{"method": "ngram", "num": 1}'}, "speculative_config: num is not known"),
+        ({"VLLM_QUANTIZATION": "int3"}, "QUANTIZATION.*none, int8, int4"),
         ({"VLLM_CONFIG": "/nowhere/x.toml"}, "nowhere"),
     ],
 )

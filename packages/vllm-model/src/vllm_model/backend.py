@@ -3,18 +3,19 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import torch
 
 from vllm_model.attention import plan_attention
-from vllm_model.decoder import Decoder
+from vllm_model.decoder import Decoder, Weights
 from vllm_model.host_sampling import PIECE, sample_in_pieces, wanted_tokens
 from vllm_model.hub import resolve_model
 from vllm_model.kv_cache import PagedKvCache
 from vllm_model.loaders import LoadFormat, load_config, load_weights
 from vllm_model.model_config import ModelConfig
+from vllm_model.quantization import Quantization
 from vllm_model.verifier import Indices
 from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelBackend, ModelSpec
 from vllm_traits.batch import Batch, BatchOutput, BatchState
@@ -47,7 +48,7 @@ class TorchBackend:
     def __init__(
         self,
         config: ModelConfig,
-        weights: dict[str, torch.Tensor],
+        weights: Weights,
         *,
         name: str = "model",
         max_model_len: int | None = None,
@@ -65,8 +66,8 @@ class TorchBackend:
             max_draft_tokens=MAX_DRAFT_TOKENS,
         )
         self.decoder: Decoder | None = Decoder(config, weights, self.spec.max_model_len)
-        self.device = self.decoder.embedding.device
-        self.dtype = self.decoder.embedding.dtype
+        self.device = self.decoder.device
+        self.dtype = self.decoder.dtype
         self._kv_cache_memory_bytes = kv_cache_memory_bytes
         self._gpu_memory_utilization = gpu_memory_utilization
         self._cache: PagedKvCache | None = None
@@ -144,7 +145,7 @@ def load_backend(
     dtype: str = "auto",
     device: str = "auto",
     load_format: LoadFormat = "auto",
-    quantization: str | None = None,
+    quantization: Quantization | None = None,
     max_model_len: int | None = None,
     kv_cache_memory_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
@@ -160,7 +161,8 @@ def load_backend(
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         load_format: ``dummy`` makes random weights from the configuration alone.
-        quantization: Must be None: quantized files are computed in ``dtype``.
+        quantization: None: packed weights of a GGUF file stay packed on the CPU; on a GPU they are dequantized. ``none``:
+            dequantized everywhere. ``int8``, ``int4``: weights are quantized as they are loaded, on the CPU only.
         kv_cache_dtype: ``auto``: what is computed in; ``fp8`` or ``fp8_e4m3``: e4m3 with a scale a head, half the memory, in
             half precision on a CUDA device that knows it.
         seed: Of dummy weights.
@@ -170,8 +172,9 @@ def load_backend(
         ConfigError: A setting is wrong.
         ModelLoadError: The model cannot be read.
     """
-    if quantization is not None:
-        raise ConfigError(f"quantization is {quantization!r}; only None is supported (GGUF files are computed in dtype).")
+    if quantization is not None and quantization not in get_args(Quantization):
+        known = ", ".join(get_args(Quantization))
+        raise ConfigError(f"quantization is {quantization!r}; it must be one of {known}, or None: as the file stores it.")
     if not 0 < gpu_memory_utilization <= 1:
         raise ConfigError(f"gpu_memory_utilization is {gpu_memory_utilization}; it must be above 0 and at most 1.")
     if kv_cache_dtype not in KV_CACHE_DTYPES:
@@ -181,6 +184,10 @@ def load_backend(
     where = _device(device)
     if where.type == "cpu":
         torch.set_num_threads(num_threads or usable_cores())
+    else:
+        if quantization in ("int8", "int4"):
+            raise ConfigError(f"quantization {quantization!r} is for the CPU; on {where} weights are float: leave it out.")
+        quantization = "none"
     computed = _dtype(dtype, config, where)
     settings: dict[str, Any] = {
         "name": path.stem if path.suffix == ".gguf" else path.name,
@@ -197,8 +204,11 @@ def load_backend(
                 f"8.9 or more; for {settings['name']} on {where} there is only auto."
             )
         settings["kv_cache_dtype"] = torch.float8_e4m3fn
-    weights = load_weights(path, config, dtype=computed, device=where, load_format=load_format, seed=seed)
-    return backend(config, weights, **settings)
+    weights = load_weights(
+        path, config, dtype=computed, device=where, load_format=load_format, quantization=quantization, seed=seed
+    )
+    # On a GPU none is quantized.
+    return backend(config, cast("dict[str, torch.Tensor]", weights), **settings)
 
 
 def _backend_class(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> "type[TorchBackend] | type[CudaBackend]":

@@ -7,19 +7,12 @@ import torch.nn.functional as F
 
 from vllm_model.attention import AttentionPlan, GqaAttention
 from vllm_model.kv_cache import PagedKvCache
+from vllm_model.linear import Linear, make_linear
 from vllm_model.model_config import ModelConfig
+from vllm_model.quantization import QuantizedTensor, Weight, concatenated
 from vllm_model.rotary import apply_rotary, rotary_tables
 
-
-@dataclass(slots=True)
-class Linear:
-    """``x @ weight.T + bias``; weight ``[out, in]``."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+Weights = dict[str, Weight] | dict[str, torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -41,20 +34,37 @@ class Decoder:
 
     Args:
         config: Its shape.
-        weights: By Hugging Face's names; emptied, so that merged tensors do not stay twice in memory.
+        weights: By Hugging Face's names, norms in the dtype to compute in; emptied, so that nothing stays twice in memory.
         max_len: Positions to make rotary tables for.
     """
 
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], max_len: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, max_len: int) -> None:
         self.config = config
-        self.embedding = weights.pop("model.embed_tokens.weight")
-        self.norm = weights.pop("model.norm.weight")
-        self.lm_head = Linear(self.embedding if config.tie_word_embeddings else weights.pop("lm_head.weight"))
-        self.layers = [_take_layer(weights, f"model.layers.{i}") for i in range(config.num_layers)]
+        self.norm = _take_plain(weights, "model.norm.weight")
+        self.dtype, self.device = self.norm.dtype, self.norm.device
+        table = weights.pop("model.embed_tokens.weight")
+        self.lm_head = make_linear(table if config.tie_word_embeddings else weights.pop("lm_head.weight"), None, self.dtype)
+        self._table: Linear | QuantizedTensor
+        if config.tie_word_embeddings:
+            self._table = self.lm_head
+        else:
+            self._table = Linear(table) if isinstance(table, torch.Tensor) else table
+        self.layers = [_take_layer(weights, f"model.layers.{i}", self.dtype) for i in range(config.num_layers)]
         assert not weights, f"weights without a use: {list(weights)[:3]}"
         cos, sin = rotary_tables(config.rope, config.head_dim, max_len)
-        self.rotary = cos.to(self.embedding.device), sin.to(self.embedding.device)
+        self.rotary = cos.to(self.device), sin.to(self.device)
         self._attention: list[GqaAttention] = []
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """``[vocab_size, hidden_size]``, of a decoder whose embedding is not quantized."""
+        assert type(self._table) is Linear, "the embedding is quantized"
+        return self._table.weight
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 ``[num_tokens]`` to ``[num_tokens, hidden_size]``."""
+        rows = self._table.rows(token_ids)
+        return rows.dequantize(self.dtype) if isinstance(rows, QuantizedTensor) else rows
 
     def attach(self, cache: PagedKvCache) -> None:
         """Use this cache from now on."""
@@ -80,7 +90,7 @@ class Decoder:
         """
         eps = self.config.rms_norm_eps
         cos, sin = (table[positions][:, None] for table in self.rotary)  # [num_tokens, 1, head_dim / 2]
-        residual = F.embedding(token_ids, self.embedding)  # [num_tokens, hidden]
+        residual = self.embed(token_ids)  # [num_tokens, hidden]
         for index, layer in enumerate(self.layers):
             x = rms_norm(residual, layer.input_norm, eps)
             attended = self._attend(index, layer, x, cos, sin, plan)
@@ -120,21 +130,30 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def _take_layer(weights: dict[str, torch.Tensor], prefix: str) -> Layer:
+def _take_layer(weights: Weights, prefix: str, dtype: torch.dtype) -> Layer:
     def merged(*names: str) -> Linear:
         parts = [weights.pop(f"{prefix}.{name}.weight") for name in names]
-        biases = [weights.pop(f"{prefix}.{name}.bias", None) for name in names]
+        biases = [_take_maybe(weights, f"{prefix}.{name}.bias") for name in names]
         present = [bias for bias in biases if bias is not None]
-        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return Linear(weight, torch.cat(present) if present else None)
+        return make_linear(concatenated(parts, dtype), torch.cat(present) if present else None, dtype)
 
     return Layer(
-        input_norm=weights.pop(f"{prefix}.input_layernorm.weight"),
+        input_norm=_take_plain(weights, f"{prefix}.input_layernorm.weight"),
         qkv=merged("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        q_norm=weights.pop(f"{prefix}.self_attn.q_norm.weight", None),
-        k_norm=weights.pop(f"{prefix}.self_attn.k_norm.weight", None),
+        q_norm=_take_maybe(weights, f"{prefix}.self_attn.q_norm.weight"),
+        k_norm=_take_maybe(weights, f"{prefix}.self_attn.k_norm.weight"),
         o=merged("self_attn.o_proj"),
-        post_norm=weights.pop(f"{prefix}.post_attention_layernorm.weight"),
+        post_norm=_take_plain(weights, f"{prefix}.post_attention_layernorm.weight"),
         gate_up=merged("mlp.gate_proj", "mlp.up_proj"),
         down=merged("mlp.down_proj"),
     )
+
+
+def _take_plain(weights: Weights, name: str) -> torch.Tensor:
+    weight = weights.pop(name)
+    assert isinstance(weight, torch.Tensor), f"{name} is quantized"
+    return weight
+
+
+def _take_maybe(weights: Weights, name: str) -> torch.Tensor | None:
+    return _take_plain(weights, name) if name in weights else None

@@ -11,6 +11,7 @@ from vllm_model.chat_template import ChatTemplate, Message, encode_chat
 from vllm_model.detokenizer import IncrementalDetokenizer
 from vllm_model.hub import resolve_model
 from vllm_model.loaders import LoadFormat
+from vllm_model.quantization import Quantization
 from vllm_model.speculative import SpeculativeConfig
 from vllm_model.tokenizer import Tokenizer
 from vllm_traits.errors import InvalidRequestError
@@ -26,7 +27,8 @@ class LLM:
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         device: ``auto``, ``cpu`` or ``cuda``.
         load_format: ``auto``, ``safetensors``, ``gguf``, or ``dummy`` for random weights.
-        quantization: Must be None.
+        quantization: None: a GGUF file's packed weights stay packed on the CPU; ``none``: dequantized; ``int8``, ``int4``:
+            quantized as they are loaded (CPU).
         max_model_len: Longest sequence in tokens; None: the model's own.
         max_num_seqs, max_num_batched_tokens, block_size, enable_prefix_caching, seed: See :class:`~vllm_core.EngineConfig`.
         num_blocks: KV blocks; None: what fits into the memory.
@@ -50,7 +52,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         load_format: LoadFormat = "auto",
-        quantization: str | None = None,
+        quantization: Quantization | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 4096,

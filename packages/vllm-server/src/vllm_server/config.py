@@ -38,6 +38,12 @@ class ServerConfig:
         "auto", MODEL, "dummy: random weights from the configuration", choices=("auto", "safetensors", "gguf", "dummy")
     )
     dtype: str = _option("auto", MODEL, "what to compute in", choices=("auto", "bfloat16", "float16", "float32"))
+    quantization: str | None = _option(
+        None,
+        MODEL,
+        "weights of 8 or 4 bits (CPU), or none: dequantized; as the file stores them if not given",
+        choices=("none", "int8", "int4"),
+    )
     device: str = _option("auto", MODEL, "auto, cpu, cuda or cuda:N")
     num_threads: int | None = _option(None, MODEL, "CPU threads of the model; the cores this process may use if not given")
     chat_template: str | None = _option(None, MODEL, "a Jinja file in place of the model's own template")

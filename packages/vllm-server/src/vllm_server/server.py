@@ -119,6 +119,7 @@ def _backend(config: ServerConfig, path: Path) -> ModelBackend:
             path,
             dtype=config.dtype,
             load_format=config.load_format,  # type: ignore[arg-type]  # one of the choices
+            quantization=config.quantization,  # type: ignore[arg-type]  # likewise
             max_model_len=config.max_model_len,
             seed=config.seed,
             **_hardware(config),

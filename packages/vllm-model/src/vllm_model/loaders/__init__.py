@@ -10,6 +10,7 @@ from vllm_model.loaders.dummy import dummy_weights
 from vllm_model.loaders.gguf_file import read_gguf_header, read_gguf_metadata
 from vllm_model.loaders.gguf_loader import ROPE_FACTORS, llama3_scaling, load_gguf
 from vllm_model.loaders.safetensors_loader import load_safetensors
+from vllm_model.quantization import Quantization, Weight
 from vllm_traits.errors import ConfigError, ModelLoadError
 
 if TYPE_CHECKING:
@@ -54,11 +55,15 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     load_format: LoadFormat = "auto",
+    quantization: Quantization | None = "none",
     seed: int = 0,
-) -> dict[str, torch.Tensor]:
-    """All tensors of ``config.expected_tensors()`` under Hugging Face names, as ``dtype`` on ``device``.
+) -> dict[str, Weight]:
+    """All tensors of ``config.expected_tensors()`` under Hugging Face names, as ``dtype`` on ``device`` or quantized.
 
     Args:
+        dtype: Of what is not quantized.
+        device: Only the CPU has quantized weights.
+        quantization: See :func:`~vllm_model.quantization.as_asked`.
         load_format: ``auto`` goes by the path: a ``.gguf`` file, else a folder of safetensors. ``dummy`` reads nothing.
         seed: Of the ``dummy`` weights.
 
@@ -72,11 +77,11 @@ def load_weights(
     if load_format == "auto":
         load_format = "gguf" if path.suffix == ".gguf" else "safetensors"
     if load_format == "dummy":
-        return dummy_weights(expected, dtype=dtype, device=device, seed=seed)
+        return dummy_weights(expected, dtype=dtype, device=device, seed=seed, quantization=quantization)
     if load_format == "gguf":
-        return load_gguf(path, expected, dtype=dtype, device=device)
+        return load_gguf(path, expected, dtype=dtype, device=device, quantization=quantization)
     if load_format == "safetensors":
-        return load_safetensors(path, expected, dtype=dtype, device=device)
+        return load_safetensors(path, expected, dtype=dtype, device=device, quantization=quantization)
     raise ConfigError(f"load_format is {load_format!r}; it must be auto, safetensors, gguf or dummy.")
 
 

@@ -1,4 +1,4 @@
-"""Weights of a GGUF file under Hugging Face names, dequantized.
+"""Weights of a GGUF file under Hugging Face names, packed as they are stored or dequantized.
 
 llama.cpp's converter reorders the rows of ``q_proj`` and ``k_proj`` of the ``llama`` family (Mistral included) so that rotary
 pairs are neighbours; that is undone here. Other families (Qwen) are stored as they were.
@@ -15,11 +15,15 @@ import torch
 from gguf.constants import GGMLQuantizationType as Type
 
 from vllm_model.loaders.gguf_file import GgufHeader, GgufTensor, read_gguf_header
+from vllm_model.loaders.gguf_packed import EXACT, read_packed
+from vllm_model.quantization import Quantization, Weight, as_asked, quantizable
 from vllm_traits.errors import ModelLoadError, UnsupportedModelError, WeightsError
 
 _PLAIN: Final[dict[Type, np.dtype[np.floating]]] = {Type.F32: np.dtype("<f4"), Type.F16: np.dtype("<f2")}
+FLOATS: Final = (Type.F32, Type.F16, Type.BF16)
 SUPPORTED_TYPES: Final = (
-    *(Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0),
+    *FLOATS,
+    *(Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0),
     *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K),
 )
 PERMUTED_ARCHITECTURES: Final = frozenset({"llama", "mistral", "mistral3"})
@@ -87,9 +91,14 @@ def llama3_scaling(path: Path, header: GgufHeader) -> dict[str, str | float]:
 
 
 def load_gguf(
-    path: Path, expected: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """The tensors ``expected`` (Hugging Face name to shape) of a GGUF file, as ``dtype`` on ``device``.
+    path: Path,
+    expected: dict[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = "none",
+) -> dict[str, Weight]:
+    """The tensors ``expected`` (Hugging Face name to shape) of a GGUF file, as ``dtype`` on ``device``, or quantized.
 
     Raises:
         UnsupportedModelError: A tensor is stored in a type that cannot be read; the message lists those that can.
@@ -98,11 +107,21 @@ def load_gguf(
     """
     header = read_gguf_header(path)
     chosen = _match(header, expected, path)
-    weights: dict[str, torch.Tensor] = {}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for name, tensor in chosen.items():
-            values = torch.from_numpy(_unpermuted(name, read_tensor(data, tensor), header))
-            weights[name] = values.to(device=device, dtype=dtype)
+    weights: dict[str, Weight] = {}
+    with path.open("rb") as file:
+        # Private and writable only because torch takes no other; the last view closes it.
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for name, tensor in chosen.items():
+        order = _row_order(name, tensor.shape[0], header)
+        stored: Weight
+        if quantizable(tensor.shape) and (tensor.type in EXACT or (quantization != "none" and tensor.type not in FLOATS)):
+            stored = read_packed(data, tensor)
+            stored = stored if order is None else stored.rows(order)
+        else:
+            stored = torch.from_numpy(read_tensor(data, tensor))
+            stored = stored if order is None else stored[order]
+        fitted = as_asked(name, stored, quantization, dtype)
+        weights[name] = fitted.to(device) if isinstance(fitted, torch.Tensor) else fitted
     return weights
 
 
@@ -120,31 +139,10 @@ def read_tensor(data: mmap.mmap, tensor: GgufTensor) -> npt.NDArray[np.float32]:
     raw = np.frombuffer(data[tensor.start : tensor.start + tensor.num_bytes], np.uint8)
     if tensor.type == Type.BF16:
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
-    if tensor.type in (Type.Q4_0, Type.Q4_1, Type.Q8_0):
-        return _dequantize_simple(raw, tensor.type).reshape(tensor.shape)
     from gguf.quants import dequantize  # here, for it takes a while to import
 
     rows = raw.reshape(math.prod(tensor.shape[:-1]), -1)  # [num_rows, bytes_per_row]
     return np.ascontiguousarray(dequantize(rows, tensor.type), np.float32).reshape(tensor.shape)
-
-
-def _dequantize_simple(raw: npt.NDArray[np.uint8], kind: Type) -> npt.NDArray[np.float32]:
-    """Blocks of 32 values with one scale (and, Q4_1, one minimum): what small models come in, several times faster than
-    the library's general path.
-    """
-    scale_bytes = 4 if kind == Type.Q4_1 else 2
-    blocks = torch.from_numpy(raw.copy()).view(-1, scale_bytes + (32 if kind == Type.Q8_0 else 16))
-    scales = blocks[:, :scale_bytes].contiguous().view(torch.float16).float()  # [num_blocks, 1 or 2]
-    quants = blocks[:, scale_bytes:]
-    out = torch.empty(len(blocks), 32)
-    if kind == Type.Q8_0:
-        torch.mul(quants.contiguous().view(torch.int8), scales, out=out)
-        return out.numpy()
-    out[:, :16] = quants & 0x0F
-    out[:, 16:] = quants >> 4
-    if kind == Type.Q4_0:
-        return out.sub_(8.0).mul_(scales).numpy()
-    return out.mul_(scales[:, :1]).add_(scales[:, 1:]).numpy()
 
 
 def _match(header: GgufHeader, expected: dict[str, tuple[int, ...]], path: Path) -> dict[str, GgufTensor]:
@@ -178,16 +176,14 @@ def _check_type(tensor: GgufTensor) -> None:
         )
 
 
-def _unpermuted(name: str, values: npt.NDArray[np.float32], header: GgufHeader) -> npt.NDArray[np.float32]:
-    """Rows ``[head, pair, half]`` as llama.cpp stores them back to ``[head, half, pair]``."""
+def _row_order(name: str, rows: int, header: GgufHeader) -> torch.Tensor | None:
+    """Where to take each row of ``[head, half, pair]`` from llama.cpp's ``[head, pair, half]``; None: it is in its place."""
     if header.architecture not in PERMUTED_ARCHITECTURES or (".q_proj." not in name and ".k_proj." not in name):
-        return values
+        return None
     key = f"{header.architecture}.attention.head_count"
     heads = header.metadata.get(key)
     if ".k_proj." in name:
         heads = header.metadata.get(key + "_kv", heads)
-    rows = values.shape[0]
     if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
         raise ModelLoadError(f"{name} has {rows} rows, which {heads!r} heads ({key}) cannot share out evenly.")
-    paired = values.reshape(heads, rows // heads // 2, 2, *values.shape[1:])
-    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)
+    return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).flatten()

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 
+from vllm_model.quantization import Quantization, Weight, as_asked
 from vllm_traits.errors import ModelLoadError, UnsupportedModelError, WeightsError
 
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -29,9 +30,14 @@ class TensorEntry:
 
 
 def load_safetensors(
-    folder: Path, expected: dict[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """The tensors ``expected`` (name to shape) of a folder, as ``dtype`` on ``device``.
+    folder: Path,
+    expected: dict[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = "none",
+) -> dict[str, Weight]:
+    """The tensors ``expected`` (name to shape) of a folder, as ``dtype`` on ``device``, or quantized.
 
     Raises:
         WeightsError: A tensor is missing, surplus, misshapen, or lies outside its file.
@@ -50,12 +56,12 @@ def load_safetensors(
     by_file: dict[Path, list[str]] = {}
     for name in expected:
         by_file.setdefault(entries[name].file, []).append(name)
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, Weight] = {}
     for file, names in by_file.items():
         try:
             with safe_open(file, framework="pt", device="cpu") as tensors:
                 for name in names:
-                    weights[name] = tensors.get_tensor(name).to(device=device, dtype=dtype)
+                    weights[name] = as_asked(name, tensors.get_tensor(name).to(device), quantization, dtype)
         except (OSError, SafetensorError) as error:
             raise ModelLoadError(f"Cannot read {file}: {error}.") from error
     return weights
