@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vllm_model.kernels.sampling import (
+    MANY_ROWS,
     LogitsState,
     SamplerWorkspace,
     filter_reference,
@@ -120,6 +121,18 @@ def test_a_row_is_the_same_alone_and_in_a_crowd(device: str) -> None:
     for row in range(ROWS):
         one = slice(row, row + 1)
         assert torch.equal(sample(logits[one], slots[one], positions[one], **p, workspace=workspace), crowd[one])
+
+
+def test_many_rows_are_drawn_like_few(device: str) -> None:
+    """They run in another launch shape."""
+    rows = MANY_ROWS + 1
+    logits, slots = torch.randn(rows, 1500, device=device), torch.arange(rows, dtype=torch.int32, device=device)
+    temperature, seed = torch.full((rows,), 0.7, device=device), torch.arange(rows, device=device)
+    workspace = SamplerWorkspace(rows, device)
+    many = sample(logits, slots, slots, temperature, seed, workspace).clone()
+    for start in range(0, rows, 11):
+        few = slice(start, start + 11)
+        assert torch.equal(sample(logits[few], slots[few], slots[few], temperature, seed, workspace), many[few])
 
 
 @pytest.mark.parametrize("vocab", VOCABS)

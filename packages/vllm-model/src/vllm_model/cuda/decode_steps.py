@@ -47,7 +47,7 @@ class DecodeSteps:
     def compile(self) -> None:
         """Launch what the steps need, for :meth:`Device.compile`."""
         first, last = self.sizes[0], self.sizes[-1]
-        for size in sorted({first, min(2, last), min(64, last), last}):
+        for size in sorted({first, *(min(size, last) for size in (2, 64, 128)), last}):
             self._run(self._empty(size), size, "plain", False, torch.zeros)  # what is not launched leaves no token ids
         if last > FEW_ROWS:
             self._run(self._empty(last), last, "plain", True, torch.zeros)

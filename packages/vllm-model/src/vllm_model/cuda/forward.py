@@ -7,20 +7,24 @@ import torch
 import torch.nn.functional as F
 
 from vllm_model.cuda.device import Device
-from vllm_model.decoder import Decoder, Layer
+from vllm_model.cuda.residual_stream import Choose, ResidualStream
+from vllm_model.decoder import Decoder
 from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.kernels.gemv import thin_linear
 from vllm_model.kernels.library_prefill import can_use_library, library_prefill, padded
+from vllm_model.kernels.linear import LinearWorkspace
+from vllm_model.kernels.linear_table import choose_linear, has_table
 from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
 from vllm_model.kernels.rms_norm import rms_norm
 from vllm_model.kernels.shared_prefix import PrefixWorkspace, attend_prefix
-from vllm_model.kernels.silu_mul import silu_mul
 from vllm_model.kv_cache import PagedKvCache
 
 THIN_ROWS = 2
-"""Most rows for which our own products beat the library's."""
+"""Up to here products are matrix-vector products of ours."""
+PARTS_ROOM = 1 << 22
+"""Float32 values of the parts of products that cut their inputs."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """From a layer, its queries ``[tokens, heads, head_dim]`` and its QKV ``[tokens or more, width]`` to what is attended."""
@@ -43,6 +47,9 @@ class Forward:
         self.config = decoder.config
         self.cache, self.tables = cache, tables
         self._decoder, self._pdl = decoder, device.pdl
+        ours = has_table(device.device)
+        self._choose: Choose = choose_linear if ours else lambda rows, n, k, silu: None
+        self._workspace = LinearWorkspace(PARTS_ROOM if ours else 0, device.device)
         self._thin_rows = THIN_ROWS if device.device.type == "cuda" else 0  # of interpreted kernels these are the slowest
         self._cos_sin = torch.cat(decoder.rotary, dim=1).contiguous()  # [max_len, head_dim]
         self.has_library = can_use_library(device.device, decoder.embedding.dtype, self.config.head_dim)
@@ -69,16 +76,21 @@ class Forward:
             The hidden states ``[rows, hidden]`` before the last norm.
         """
         decoder, config, tokens, pdl = self._decoder, self.config, len(token_ids), self._pdl
-        eps = config.rms_norm_eps
-        residual = F.embedding(token_ids, decoder.embedding)  # [tokens, hidden]
+        stream = ResidualStream(
+            F.embedding(token_ids, decoder.embedding),
+            eps=config.rms_norm_eps,
+            choose=self._choose,
+            workspace=self._workspace,
+            thin_rows=self._thin_rows,
+            pdl=pdl,
+        )
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        make = residual.new_zeros if room > tokens else residual.new_empty
+        make = stream.residual.new_zeros if room > tokens else stream.residual.new_empty
         qkv_room = make(room, width) if room else None
         q_room = make(room, config.num_heads, config.head_dim) if room else None
-        thin = tokens <= self._thin_rows
-        update: torch.Tensor | None = None
-        for index, layer in enumerate(decoder.layers):
-            qkv = self._qkv(layer, residual, update, thin, None if qkv_room is None else qkv_room[:tokens])
+        next_norms = [*(layer.input_norm for layer in decoder.layers[1:]), decoder.norm]
+        for index, (layer, next_norm) in enumerate(zip(decoder.layers, next_norms, strict=True)):
+            qkv = stream.read(layer.qkv, layer.input_norm, out=None if qkv_room is None else qkv_room[:tokens])
             q = qk_norm_rope(
                 qkv,
                 self._cos_sin,
@@ -89,7 +101,7 @@ class Forward:
                 config.num_heads,
                 q_weight=layer.q_norm,
                 k_weight=layer.k_norm,
-                eps=eps,
+                eps=config.rms_norm_eps,
                 k_scale=self.cache.k_scales[index],
                 v_scale=self.cache.v_scales[index],
                 out=None if q_room is None else q_room[:tokens],
@@ -98,15 +110,11 @@ class Forward:
             )
             attended = attend(index, q if q_room is None else q_room, qkv if qkv_room is None else qkv_room).view(tokens, -1)
             if keep is not None and index == len(decoder.layers) - 1:
-                attended, residual = attended[keep], residual[keep]
-            if thin and layer.o.bias is None and layer.down.bias is None and layer.gate_up.bias is None:
-                residual = thin_linear(attended, layer.o.weight, residual=residual, pdl=pdl)
-                inner = thin_linear(residual, layer.gate_up.weight, norm_weight=layer.post_norm, eps=eps, silu=True, pdl=pdl)
-                residual = thin_linear(inner, layer.down.weight, residual=residual, pdl=pdl)
-                continue
-            x = rms_norm(layer.o(attended), layer.post_norm, eps, residual, pdl=pdl)
-            update = layer.down(silu_mul(layer.gate_up(x), pdl=pdl))
-        return residual if update is None else residual + update
+                attended = attended[keep]
+                stream.keep(keep)
+            stream.add(attended, layer.o, layer.post_norm)
+            stream.add(stream.read(layer.gate_up, layer.post_norm, silu=True), layer.down, next_norm)
+        return stream.total()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of :meth:`layers`' hidden states: ``[rows, vocab_size]``."""
@@ -142,24 +150,3 @@ class Forward:
         heads = qkv[start:end].view(end - start, -1, config.head_dim)
         _, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         return library_prefill(q[start:end], k, v, length)
-
-    def _qkv(
-        self,
-        layer: Layer,
-        residual: torch.Tensor,
-        update: torch.Tensor | None,
-        thin: bool,
-        out: torch.Tensor | None,
-    ) -> torch.Tensor:
-        eps, pdl = self.config.rms_norm_eps, self._pdl
-        if thin and update is None and layer.qkv.bias is None:
-            return thin_linear(residual, layer.qkv.weight, norm_weight=layer.input_norm, eps=eps, pdl=pdl)
-        if update is None:
-            x = rms_norm(residual, layer.input_norm, eps, pdl=pdl)
-        else:
-            x = rms_norm(update, layer.input_norm, eps, residual, pdl=pdl)
-        if out is None:
-            return layer.qkv(x)
-        if layer.qkv.bias is None:
-            return torch.mm(x, layer.qkv.weight.t(), out=out)
-        return torch.addmm(layer.qkv.bias, x, layer.qkv.weight.t(), out=out)

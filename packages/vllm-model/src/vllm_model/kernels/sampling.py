@@ -17,6 +17,8 @@ import triton.language as tl
 from vllm_model.kernels._launch import launch, launch_options, num_sms, power_of_two, wait_for_previous
 from vllm_model.noise import gumbel_noise
 
+MANY_ROWS = 32
+"""From here on rows are drawn by programs of one warp."""
 LOGPROB_SPLITS = 16
 """Programs of a row in ``token_logprobs``: fixed, so that a row's sum does not depend on the batch."""
 
@@ -521,9 +523,11 @@ def sample(
             num_warps=max(1, min(32, block // 256)),
             **launch_options(pdl),
         )
-    block = min(power_of_two(vocab), 1024)
+    # Noise is left out for a block at a time, so many rows take short blocks; few rows are over before that counts.
+    most, warps, programs = (256, 1, 32) if rows >= MANY_ROWS else (1024, 4, 16)
+    block = min(power_of_two(vocab), most)
     # The maximum is exact, so the number of programs may follow the batch.
-    splits = max(1, min(triton.cdiv(16 * num_sms(logits.device), rows), triton.cdiv(vocab, block), workspace.MAX_SPLITS))
+    splits = max(1, min(triton.cdiv(programs * num_sms(logits.device), rows), triton.cdiv(vocab, block), workspace.MAX_SPLITS))
     share = triton.cdiv(triton.cdiv(vocab, splits), block) * block
     splits = triton.cdiv(vocab, share)
     launch(
@@ -548,7 +552,7 @@ def sample(
         RANDOM=not greedy,
         BLOCK=block,
         PDL=pdl,
-        num_warps=4,
+        num_warps=warps,
         **launch_options(pdl),
     )
     return out
