@@ -152,7 +152,7 @@ def test_bfloat16_gives_the_tokens_of_float32_wherever_they_are_decided(
     """
     import transformers
 
-    llm = LLM(gguf, dtype="bfloat16", device=device, max_model_len=256, kv_cache_memory_bytes=1 << 28)
+    llm = LLM(gguf, dtype="bfloat16", device=device, quantization="none", max_model_len=256, kv_cache_memory_bytes=1 << 28)
     outputs = generate(llm, PROMPTS)
     assert llm.tokenizer is not None
     prompts = [llm.tokenizer.encode(prompt) for prompt in PROMPTS]
