@@ -18,11 +18,12 @@ import torch.nn.functional as F
 
 from vllm_model.kernels.decode_plan import DecodeConfig, DecodePlan
 from vllm_model.kernels.gemv import GemvConfig, GemvWorkspace, default_gemv_config, thin_linear
+from vllm_model.kernels.logprobs import token_logprobs
 from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import PrefillConfig, paged_prefill
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope, rope_table
 from vllm_model.kernels.rms_norm import rms_norm
-from vllm_model.kernels.sampling import SamplerWorkspace, sample, token_logprobs
+from vllm_model.kernels.sampling import SamplerWorkspace, sample
 from vllm_model.kernels.silu_mul import silu_mul
 
 DEVICE = "cuda"

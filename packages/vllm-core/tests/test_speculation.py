@@ -8,6 +8,7 @@ import pytest
 from vllm_core import Engine, EngineConfig, RequestOutput, SamplingParams
 from vllm_core.proposer import DraftRows
 from vllm_traits import Batch, StructuredOutputsParams
+from vllm_traits.backend import KvCacheBudget
 from vllm_traits.batch import BatchState
 from vllm_traits.errors import BackendError
 from vllm_traits.fake_backend import FakeBackend, expected_tokens
@@ -127,6 +128,20 @@ def test_min_tokens_hold_back_a_stop_among_the_guesses() -> None:
     run(engine)
     end = expected.index(stop) + 1 if stop in expected else 20
     assert tokens_of(output) == expected[:end]
+
+
+def test_each_model_on_a_device_leaves_the_other_what_its_steps_take() -> None:
+    class Sized(FakeBackend):
+        def __init__(self, reserved: int, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.reserved = reserved
+
+        def kv_cache_budget(self, **_: int) -> KvCacheBudget:
+            return KvCacheBudget(available_bytes=10_000 - self.reserved, bytes_per_block=10, reserved_bytes=self.reserved)
+
+    target, draft = Sized(3000, max_draft_tokens=4), Sized(2000)
+    config = EngineConfig(max_draft_tokens=4, max_model_len=64)
+    assert Engine(target, draft, config=config).num_blocks == (10_000 - 3000 - 2000) // 20
 
 
 def test_a_draft_that_is_the_target_is_always_right() -> None:

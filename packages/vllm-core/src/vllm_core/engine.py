@@ -415,9 +415,11 @@ class Engine:
             for model in models
         ]
         # A block is a block in both; each says what would be left for it alone, on the same device.
+        reserved = sum(each.reserved_bytes for each in budgets)
         budget = KvCacheBudget(
-            available_bytes=min(each.available_bytes for each in budgets),
+            available_bytes=min(each.available_bytes + each.reserved_bytes for each in budgets) - reserved,
             bytes_per_block=sum(each.bytes_per_block for each in budgets),
+            reserved_bytes=reserved,
         )
         needed = -(-self.max_model_len // config.block_size)
         if budget.num_blocks < needed:

@@ -61,47 +61,60 @@ class CudaBackend:
         self._gpu_memory_utilization = gpu_memory_utilization
 
     def kv_cache_budget(self, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> KvCacheBudget:
+        """What the share of the device's memory leaves once the widest steps have been tried and measured."""
         config = self.config
         per_block = PagedKvCache.bytes_per_block(
             config.num_layers, config.num_kv_heads, block_size, config.head_dim, self.kv_cache_dtype
         )
         if self._kv_cache_memory_bytes is not None:
             return KvCacheBudget(available_bytes=self._kv_cache_memory_bytes, bytes_per_block=per_block)
-        # The widest step: activations of every token, the logits of every sequence, and the graphs.
-        width = (
-            4 * config.hidden_size
-            + 4 * config.intermediate_size
-            + 4 * (config.num_heads + config.num_kv_heads) * config.head_dim
-        )
-        step = max_num_batched_tokens * width * 2 + max_num_seqs * config.vocab_size * 12 + (1 << 30)
+        blocks, made = -(-self.spec.max_model_len // block_size), list[Steps]()
+        try:
+            with self._device.running():
+                sizes = (max_num_seqs, blocks, max_num_batched_tokens)
+                fixed, _ = self._device.taken_by(lambda: made.append(self._make_steps(block_size, 1, *sizes)))
+                reserved = fixed + made[0].measure()
+        except torch.OutOfMemoryError as error:
+            raise BackendOutOfMemoryError("The widest step does not fit into the device's memory.") from error
+        finally:
+            made.clear()
+            self._device.forget_graphs()
         free, total = torch.cuda.mem_get_info(self.device)
-        available = int(free - total * (1 - self._gpu_memory_utilization)) - step
-        return KvCacheBudget(available_bytes=max(0, available), bytes_per_block=per_block)
+        available = int(free - total * (1 - self._gpu_memory_utilization)) - reserved
+        return KvCacheBudget(available_bytes=available, bytes_per_block=per_block, reserved_bytes=reserved)
 
     def initialize(self, state: BatchState, *, num_blocks: int, max_num_batched_tokens: int) -> None:
-        config = self.config
         try:
-            cache = PagedKvCache(
-                num_layers=config.num_layers,
-                num_blocks=num_blocks,
-                num_kv_heads=config.num_kv_heads,
-                block_size=state.block_size,
-                head_dim=config.head_dim,
-                dtype=self.kv_cache_dtype,
-                device=self.device,
-            )
+            with self._device.running():
+                self.steps = self._make_steps(
+                    state.block_size, num_blocks, state.max_num_seqs, state.max_blocks_per_seq, max_num_batched_tokens
+                )
+                self.steps.prepare()
         except torch.OutOfMemoryError as error:
+            self.steps = None
             raise BackendOutOfMemoryError(f"{num_blocks} KV blocks do not fit into the device's memory.") from error
-        self.steps = Steps(
+
+    def _make_steps(
+        self, block_size: int, num_blocks: int, max_num_seqs: int, max_blocks: int, max_num_batched_tokens: int
+    ) -> Steps:
+        config = self.config
+        cache = PagedKvCache(
+            num_layers=config.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=config.num_kv_heads,
+            block_size=block_size,
+            head_dim=config.head_dim,
+            dtype=self.kv_cache_dtype,
+            device=self.device,
+        )
+        return Steps(
             self._device,
             self.decoder,
             cache,
-            max_num_seqs=state.max_num_seqs,
-            max_blocks=state.max_blocks_per_seq,
+            max_num_seqs=max_num_seqs,
+            max_blocks=max_blocks,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        with self._device.running():
-            self.steps.prepare()
 
     def submit(self, batch: Batch) -> RunningStep | CompletedStep:
         assert self.steps is not None, "the backend is not initialized, or closed"
@@ -109,6 +122,7 @@ class CudaBackend:
             with self._device.running():
                 return self.steps.run(batch)
         except torch.OutOfMemoryError as error:
+            self._device.reclaim()
             raise BackendOutOfMemoryError(f"A step of {batch.num_tokens} tokens ran out of device memory.") from error
         except RuntimeError as error:
             raise BackendError(f"A step of {batch.num_tokens} tokens failed: {error}") from error

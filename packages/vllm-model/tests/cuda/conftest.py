@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter's tl.dot takes no bf16
 SHAPE = {"head_dim": 16, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -20,7 +21,7 @@ def small_folder(random_model: Callable[..., tuple[Path, Any]]) -> Path:
     return random_model("Qwen3ForCausalLM", **SHAPE)[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_backend(small_folder: Path) -> Callable[..., Any]:
     """A function to a fresh CUDA backend of a very small model, on whatever device there is."""
     from vllm_model.cuda_backend import CudaBackend
@@ -28,7 +29,7 @@ def make_backend(small_folder: Path) -> Callable[..., Any]:
 
     def make(**settings: Any) -> Any:
         config = load_config(small_folder)
-        weights = load_weights(small_folder, config, dtype=torch.bfloat16, device=torch.device(DEVICE))
+        weights = load_weights(small_folder, config, dtype=DTYPE, device=torch.device(DEVICE))
         return CudaBackend(config, weights, **{"kv_cache_memory_bytes": 1 << 24} | settings)
 
     return make

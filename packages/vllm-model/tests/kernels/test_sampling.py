@@ -3,18 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vllm_model.kernels.sampling import (
-    MANY_ROWS,
-    LogitsState,
-    SamplerWorkspace,
-    filter_reference,
-    process_logits,
-    process_logits_reference,
-    sample,
-    sample_reference,
-    token_logprobs,
-    token_logprobs_reference,
-)
+from vllm_model.kernels.sampling import MANY_ROWS, SamplerWorkspace, filter_reference, sample, sample_reference
 from vllm_model.noise import gumbel_noise
 
 Check = Callable[..., None]
@@ -135,60 +124,6 @@ def test_many_rows_are_drawn_like_few(device: str) -> None:
         assert torch.equal(sample(logits[few], slots[few], slots[few], temperature, seed, workspace), many[few])
 
 
-@pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("what", ["penalties", "bitmask", "bias", "all"])
-def test_process_logits(vocab: int, what: str, device: str, check: Check) -> None:
-    slots, _ = rows_of(device)
-    words = -(-vocab // 32)
-
-    def bits() -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31, (ROWS + 2, words), device=device).int()
-
-    values = {
-        name: torch.rand(ROWS + 2, device=device) + 0.5
-        for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
-    }
-    fields: dict[str, torch.Tensor] = {}
-    if what in ("penalties", "all"):
-        counts = torch.randint(0, 3, (ROWS + 2, vocab), dtype=torch.int16, device=device)
-        fields |= {"output_counts": counts, "prompt_bits": bits(), **values}
-    if what in ("bitmask", "all"):
-        fields["bitmask"] = bits()
-    if what in ("bias", "all"):
-        tokens = torch.stack([torch.randperm(vocab, device=device)[:9] for _ in range(ROWS + 2)]).int()
-        tokens[:, 4] = -1
-        tokens[:, 5] = vocab + 3
-        fields |= {"bias_tokens": tokens, "bias_values": torch.randn(ROWS + 2, 9, device=device) * 10}
-        fields["bias_values"][:, 2] = float("-inf")
-    state = LogitsState(**fields)
-    logits = (torch.randn(ROWS, vocab, device=device) * 3).bfloat16()
-    slots[1] = -1
-    out = torch.full((ROWS, vocab), float("nan"), device=device)
-    process_logits(logits, slots, state, out)
-    live = slots >= 0
-    assert out[~live].isnan().all()
-    expected = process_logits_reference(logits.double(), slots, state)[live]
-    assert torch.equal(out[live].isinf(), expected.isinf())
-    check(out[live].nan_to_num(neginf=0.0), expected.nan_to_num(neginf=0.0), 1e-6)
-
-
-@pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_logprobs(vocab: int, dtype: torch.dtype, device: str, check: Check) -> None:
-    logits = (torch.randn(ROWS, vocab, device=device) * 3).to(dtype)
-    logits[:, 1::7] = float("-inf")
-    tokens = torch.randint(0, vocab // 7, (ROWS,), device=device).int() * 7
-    workspace = SamplerWorkspace(ROWS, device)
-    logprobs, ranks = token_logprobs(logits, tokens, workspace)
-    expected, expected_ranks = token_logprobs_reference(logits.double(), tokens)
-    check(logprobs, expected, 1e-5)
-    assert torch.equal(ranks, expected_ranks.int())
-    tokens[0] = -1
-    logprobs, ranks = token_logprobs(logits, tokens, workspace)
-    assert (logprobs[0], ranks[0]) == (0.0, 0)
-    assert not workspace.counts.any()
-
-
 def test_refusals(device: str) -> None:
     workspace = SamplerWorkspace(1, device)
     logits = torch.zeros(2, 8, device=device)
@@ -198,7 +133,3 @@ def test_refusals(device: str) -> None:
         sample(logits, slots[:2], positions[:2], **p, workspace=workspace)
     with pytest.raises(ValueError, match="come together"):
         sample(logits[:1], slots[:1], positions[:1], **p, workspace=workspace, top_k=slots)
-    with pytest.raises(ValueError, match="2 rows"):
-        token_logprobs(logits, slots[:2], workspace)
-    with pytest.raises(ValueError, match="float32 to another"):
-        process_logits(logits, slots[:2], LogitsState(), logits)

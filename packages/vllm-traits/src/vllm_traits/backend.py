@@ -33,10 +33,18 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvCacheBudget:
-    """Memory for the KV cache, in bytes: what is there and what one block takes over all layers."""
+    """Memory for the KV cache, in bytes.
+
+    Attributes:
+        available_bytes: What is there; below 0 where even the steps do not fit.
+        bytes_per_block: What one block takes over all layers.
+        reserved_bytes: What the backend keeps for its steps, already taken off ``available_bytes``: two backends on one device
+            must leave each other's.
+    """
 
     available_bytes: int
     bytes_per_block: int
+    reserved_bytes: int = 0
 
     @property
     def num_blocks(self) -> int:

@@ -32,6 +32,8 @@ class ChunkSteps:
     ) -> None:
         self._device, self._forward, self._rows, self._sampler = device, forward, rows, sampler
         self._sizes = sorted(max_num_batched_tokens // part for part in CHUNK_PARTS)
+        longest = self._sizes[-1]
+        self._has_prompt = forward.has_library and LEAST <= longest == padded(longest)
         self._graphs: dict[int, Graph] = {}
         self._prompt: Graph | None = None
         """Of the longest step when it is the beginning of one prompt."""
@@ -44,9 +46,14 @@ class ChunkSteps:
         """The graphs of all sizes, the largest first."""
         for size in reversed(self._sizes if self._sizes[0] > THIN_ROWS else []):
             self._graphs[size] = self._capture(size, as_prompt=False)
+        if self._has_prompt:
+            self._prompt = self._capture(self._sizes[-1], as_prompt=True)
+
+    def capture_widest(self) -> list[Graph]:
+        """The graphs that take the most memory, to be measured."""
         longest = self._sizes[-1]
-        if self._forward.has_library and LEAST <= longest == padded(longest):
-            self._prompt = self._capture(longest, as_prompt=True)
+        kinds = (False, True) if self._has_prompt else (False,)
+        return [self._capture(longest, as_prompt=kind) for kind in kinds]
 
     def size_for(self, batch: Batch) -> int | None:
         """Tokens of the graph that runs this step, if there is one."""

@@ -18,6 +18,8 @@ from vllm_traits.batch import Batch
 
 GRAPH_SIZES = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16))
 """Rows that graphs are captured for."""
+LEAST_GRAPHS = 4
+"""Graphs that are captured to measure what one takes: the device gives memory in pieces of megabytes."""
 FIELDS = 6
 """Of a row that the host sends: the five of :meth:`DeviceRows.stage`, and how much of it is shared."""
 LEADER = 4
@@ -56,6 +58,14 @@ class DecodeSteps:
         """The graphs of all sizes, the largest first: the others fit into its memory."""
         for size in reversed(self.sizes):
             self.graphs[size, "plain", False] = self._capture(size, "plain", False)
+
+    def capture_widest(self) -> list[Graph]:
+        """The graphs that take the most memory, to be measured."""
+        return [self._capture(self.sizes[-1], mode, False) for mode in ("filtered", "plain")]
+
+    def capture_least(self) -> list[Graph]:
+        """Some that take only what every graph does, to be measured after the widest."""
+        return [self._capture(self.sizes[0], "plain", False) for _ in range(LEAST_GRAPHS)]
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Start a step: its tokens, int32 ``[rows or more]``."""

@@ -5,7 +5,7 @@ Without a CUDA device, for Triton's interpreter, work runs at once and a graph r
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,17 @@ class Device:
                 for run in runs:
                     run()
 
+    def reclaim(self) -> None:
+        """Give back to the device what nobody holds any more."""
+        if self._stream is not None:
+            self._stream.synchronize()
+            torch.cuda.empty_cache()
+
+    def forget_graphs(self) -> None:
+        """All graphs are gone: give back the memory that they shared."""
+        self._pool = None
+        self.reclaim()
+
     def synchronize(self) -> None:
         """Wait for all that was given to the stream."""
         if self._stream is not None:
@@ -81,10 +92,11 @@ class Device:
         if self._stream is None:
             return Graph(staged, run)
         run()
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            tokens = run()
+        try:
+            graph, tokens = self._record(run)
+        except torch.OutOfMemoryError:
+            self.reclaim()  # while a graph is recorded, memory that is cached cannot be given back for it
+            graph, tokens = self._record(run)
         self._pool = self._pool or graph.pool()
 
         def replay() -> torch.Tensor:
@@ -92,6 +104,34 @@ class Device:
             return tokens
 
         return Graph(staged, replay)
+
+    def _record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool)
+        try:
+            tokens = run()
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        return graph, tokens
+
+    def taken_by(self, run: Callable[[], object]) -> tuple[int, int]:
+        """Bytes that ``run`` takes of the device for good, and of torch's memory at its highest."""
+        if self._stream is None:
+            run()
+            return 0, 0
+        self.reclaim()
+        free, allocated = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        kept = run()  # until it has been measured
+        peak = torch.cuda.max_memory_allocated(self.device) - allocated
+        self.reclaim()
+        taken = free - torch.cuda.mem_get_info(self.device)[0]
+        del kept
+        return taken, peak
 
     def mark(self) -> torch.cuda.Event | None:
         """An event behind all that was given to the stream; None where it is over already."""

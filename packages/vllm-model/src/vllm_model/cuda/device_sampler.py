@@ -13,13 +13,11 @@ class DeviceSampler:
     Args:
         device: Where.
         rows: Parameters by slot.
-
-    Attributes:
         max_rows: Most rows drawn at once.
     """
 
-    def __init__(self, device: Device, rows: DeviceRows) -> None:
-        self.max_rows = rows.max_num_seqs
+    def __init__(self, device: Device, rows: DeviceRows, max_rows: int) -> None:
+        self.max_rows = max_rows
         self._rows, self._pdl = rows, device.pdl
         self._workspace = SamplerWorkspace(self.max_rows, device.device)
 

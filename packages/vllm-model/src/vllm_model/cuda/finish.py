@@ -2,22 +2,34 @@
 """How a step's tokens come back: into one of a few places in the host's memory, read once the event behind them has passed."""
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from vllm_model.cuda.device import Device
+from vllm_model.cuda.rows import DeviceRows
 from vllm_traits.batch import Batch, BatchOutput
-from vllm_traits.errors import BackendError
+from vllm_traits.errors import BackendError, BackendOutOfMemoryError
 
 RING = 4
 """Steps whose tokens may wait to be read."""
 
 
 class RunningStep:
-    """A step under way: its tokens lie in one place of the ring once the event has passed."""
+    """A step under way: its tokens lie in one place of the ring once the event has passed.
 
-    def __init__(self, tokens: torch.Tensor, event: torch.cuda.Event | None, sample: npt.NDArray[np.bool_], width: int) -> None:
-        self._tokens, self._event, self._sample, self._width = tokens, event, sample, width
+    Args:
+        tokens: The place, int32 ``[rows * width or more]``.
+        event: Behind the copy; None: it is over.
+        batch: The step.
+        width: Tokens of a row.
+        rows: What is told if it fails.
+    """
+
+    def __init__(
+        self, tokens: torch.Tensor, event: torch.cuda.Event | None, batch: Batch, width: int, rows: DeviceRows
+    ) -> None:
+        self._tokens, self._event, self._width, self._rows = tokens, event, width, rows
+        self._sample, self._slots = batch.sample, batch.slots
+        self._most = int(batch.num_draft.max()) + 1
 
     def done(self) -> bool:
         return self._event is None or bool(self._event.query())
@@ -27,9 +39,12 @@ class RunningStep:
             if self._event is not None:
                 self._event.synchronize()
         except RuntimeError as error:
+            self._rows.forget(self._slots)
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+                raise BackendOutOfMemoryError(f"A step ran out of device memory: {error}") from error
             raise BackendError(f"A step failed on the device: {error}") from error
         rows = len(self._sample)
-        tokens = self._tokens.numpy()[: rows * self._width].reshape(rows, self._width)
+        tokens = self._tokens.numpy()[: rows * self._width].reshape(rows, self._width)[:, : self._most]
         return BatchOutput(token_ids=np.where(self._sample[:, None], tokens, -1))
 
 
@@ -38,11 +53,12 @@ class Finisher:
 
     Args:
         device: Where they are.
+        rows: Of the steps.
         room: Most tokens of a step.
     """
 
-    def __init__(self, device: Device, room: int) -> None:
-        self._device = device
+    def __init__(self, device: Device, rows: DeviceRows, room: int) -> None:
+        self._device, self._rows = device, rows
         self._ring = [device.pinned(room) for _ in range(RING)]
         self._turn = 0
 
@@ -51,4 +67,4 @@ class Finisher:
         ring, width = self._ring[self._turn % RING], tokens.numel() // len(tokens)
         self._turn += 1
         ring[: batch.num_rows * width].copy_(tokens[: batch.num_rows].flatten(), non_blocking=True)
-        return RunningStep(ring, self._device.mark(), batch.sample, width)
+        return RunningStep(ring, self._device.mark(), batch, width, self._rows)

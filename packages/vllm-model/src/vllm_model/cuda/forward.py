@@ -128,6 +128,20 @@ class Forward:
         scales = cache.k_scales[layer], cache.v_scales[layer]
         return paged_decode(q, cache.layers[layer], plan, lse=lse, k_scale=scales[0], v_scale=scales[1], pdl=self._pdl)
 
+    def attend_few(self, layer: int, q: torch.Tensor, plan: DecodePlan, queries: int, starts: torch.Tensor) -> torch.Tensor:
+        """``queries`` tokens of each row, the first at ``starts``, int32 ``[rows]``."""
+        cache = self.cache
+        return paged_decode(
+            q,
+            cache.layers[layer],
+            plan,
+            queries=queries,
+            first_positions=starts,
+            k_scale=cache.k_scales[layer],
+            v_scale=cache.v_scales[layer],
+            pdl=self._pdl,
+        )
+
     def attend_chunks(
         self, layer: int, q: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, computed: torch.Tensor
     ) -> torch.Tensor:

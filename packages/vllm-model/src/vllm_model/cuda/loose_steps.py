@@ -10,11 +10,13 @@ from vllm_model.cuda.device_sampler import DeviceSampler
 from vllm_model.cuda.forward import Forward
 from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows, sampling_mode
-from vllm_model.host_sampling import sample_in_pieces, wanted_tokens
+from vllm_model.host_sampling import PIECE, sample_in_pieces, wanted_tokens
 from vllm_model.kernels.library_prefill import LEAST, padded
+from vllm_model.sampler import token_logprobs
 from vllm_model.verifier import Indices, SampledEntries, accept_guesses, guess_table, sampled_entries
 from vllm_traits.backend import CompletedStep
 from vllm_traits.batch import Batch
+from vllm_traits.sampling_params import MAX_LOGPROBS
 
 
 class LooseSteps:
@@ -23,9 +25,19 @@ class LooseSteps:
     Args:
         device: Where.
         forward, rows, sampler, plans: What the steps are made of.
+        max_num_batched_tokens: Tokens of the longest step.
     """
 
-    def __init__(self, device: Device, forward: Forward, rows: DeviceRows, sampler: DeviceSampler, plans: DecodePlans) -> None:
+    def __init__(
+        self,
+        device: Device,
+        forward: Forward,
+        rows: DeviceRows,
+        sampler: DeviceSampler,
+        plans: DecodePlans,
+        max_num_batched_tokens: int,
+    ) -> None:
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._device, self._forward, self._rows, self._sampler, self._plans = device, forward, rows, sampler, plans
 
     def compile(self) -> None:
@@ -39,6 +51,24 @@ class LooseSteps:
 
         for room in (0, len(tokens)) if forward.has_library else (0,):
             forward.layers(tokens, tokens, tokens, attend, room=room)
+
+    def run_widest(self) -> None:
+        """What takes the most memory: the longest step, the most logits at once, and a prompt's scores; nothing is written."""
+        forward, sampler = self._forward, self._sampler
+        ints = torch.zeros(3, self._max_num_batched_tokens, dtype=torch.int32, device=self._device.device)
+        token_ids, positions, slots = ints
+        slots -= 1
+        none = slots.new_full((1,), -1)
+        starts = slots.new_tensor([0, len(slots)])
+
+        def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+            return forward.attend_chunks(layer, q, none, starts, none)
+
+        hidden = forward.layers(token_ids, positions, slots, attend, room=len(slots) if forward.has_library else 0)
+        most = min(len(hidden), sampler.max_rows)
+        sampler.draw(forward.logits(hidden[:most]), slots[:most], positions[:most], "filtered")
+        scored = hidden[:PIECE]
+        token_logprobs(forward.logits(scored).float(), [0] * len(scored), MAX_LOGPROBS)
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Start a step: its tokens, int32 ``[rows]`` or, with guesses, ``[rows, width]``."""

@@ -19,9 +19,16 @@ class DecodePlans:
         max_num_seqs: Most rows.
         max_blocks: Most blocks of a sequence.
         block_size: Tokens of a block.
+        max_queries: Most tokens of a row that one launch should take.
+
+    Attributes:
+        max_queries: Most that it takes: fewer where many heads share their keys.
     """
 
-    def __init__(self, device: Device, config: ModelConfig, max_num_seqs: int, max_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, device: Device, config: ModelConfig, max_num_seqs: int, max_blocks: int, block_size: int, max_queries: int
+    ) -> None:
+        self.max_queries = min(max_queries, max(1, 128 * config.num_kv_heads // config.num_heads))
         self._plans = [
             DecodePlan(
                 most,
@@ -31,6 +38,7 @@ class DecodePlans:
                 device.device,
                 max_blocks=max_blocks,
                 block_size=block_size,
+                max_queries=self.max_queries,
             )
             for most in (min(max_num_seqs, FEW_ROWS), max_num_seqs)
         ]

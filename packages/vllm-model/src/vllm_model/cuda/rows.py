@@ -87,33 +87,46 @@ class DeviceRows:
             params = state.params[slot]
             self.may_need_host[slot] = params is not None and may_need_host(params)
 
+    def forget(self, slots: npt.NDArray[np.int32]) -> None:
+        """A step failed: what was sent for these may not have arrived, and goes again."""
+        self._sent_blocks[slots] = 0
+
     def send_blocks(self, batch: Batch) -> None:
         """Bring new blocks of running sequences to the device."""
-        state = batch.state
-        grown = np.flatnonzero(state.num_blocks[batch.slots] > self._sent_blocks[batch.slots])
-        for slot in batch.slots[grown].tolist():
-            sent, now = int(self._sent_blocks[slot]), int(state.num_blocks[slot])
-            self.tables[slot, sent:now] = self._device.send(state.block_tables[slot, sent:now], np.int32)
-            self._sent_blocks[slot] = now
+        places, blocks = self._take_new_blocks(batch)
+        if len(places):
+            self.tables.view(-1)[self._device.send(places, np.int64)] = self._device.send(blocks, np.int32)
+
+    def stage_blocks(self, batch: Batch, places: npt.NDArray[np.int32], blocks: npt.NDArray[np.int32]) -> None:
+        """Write new blocks to what a step sends: places in the tables, -1 where there are no more, and the blocks there."""
+        places[:] = -1
+        new_places, new_blocks = self._take_new_blocks(batch, at_once=len(places))
+        places[: len(new_places)], blocks[: len(new_places)] = new_places, new_blocks
+
+    def _take_new_blocks(self, batch: Batch, at_once: int | None = None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """Places in the tables and blocks that the device does not have yet; what is more than ``at_once`` is sent here."""
+        state, slots = batch.state, batch.slots
+        sent, now = self._sent_blocks[slots], state.num_blocks[slots]
+        counts = np.maximum(now - sent, 0)
+        rows = np.repeat(np.arange(len(slots)), counts)
+        offsets = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows] + sent[rows]
+        places, blocks = slots[rows] * np.int64(self.max_blocks) + offsets, state.block_tables[slots[rows], offsets]
+        self._sent_blocks[slots] = np.maximum(now, sent)
+        if at_once is not None and len(places) > at_once:  # after a failed step, or where room was made for many guesses
+            self.tables.view(-1)[self._device.send(places, np.int64)] = self._device.send(blocks, np.int32)
+            return places[:0], blocks[:0]
+        return places, blocks
 
     def stage(self, batch: Batch, staged: npt.NDArray[np.int32]) -> None:
-        """Write rows of single tokens as :meth:`begin` takes them: slot, position, token, place in the tables, block there.
+        """Write rows of single tokens as :meth:`begin` takes them: slot, position, token, a place in the tables, block there.
 
         Args:
             staged: int32 ``[5 or more, rows or more]``.
         """
-        state, slots, rows = batch.state, batch.slots, batch.num_rows
-        staged[0], staged[3] = -1, -1
-        staged[0, :rows], staged[1, :rows], staged[2, :rows] = slots, batch.num_computed, batch.token_ids
-        if (state.num_blocks[slots] > self._sent_blocks[slots] + 1).any():
-            self.send_blocks(batch)  # after a step that failed, or where room was made for guesses that were not
-        grown = np.flatnonzero(state.num_blocks[slots] > self._sent_blocks[slots])
-        if len(grown):
-            at = slots[grown]
-            last = state.num_blocks[at] - 1
-            staged[3, grown] = at * state.max_blocks_per_seq + last
-            staged[4, grown] = state.block_tables[at, last]
-            self._sent_blocks[at] = state.num_blocks[at]
+        rows = batch.num_rows
+        staged[0] = -1
+        staged[0, :rows], staged[1, :rows], staged[2, :rows] = batch.slots, batch.num_computed, batch.token_ids
+        self.stage_blocks(batch, staged[3], staged[4])
 
     def begin(self, staged: torch.Tensor, ints: torch.Tensor) -> None:
         """Take in what :meth:`stage` wrote.

@@ -3,8 +3,8 @@
 import numpy as np
 
 from vllm_model.cuda.chunk_steps import ChunkSteps
-from vllm_model.cuda.decode_steps import DecodeSteps
-from vllm_model.cuda.device import Device
+from vllm_model.cuda.decode_steps import LEAST_GRAPHS, DecodeSteps
+from vllm_model.cuda.device import Device, Graph
 from vllm_model.cuda.device_sampler import DeviceSampler
 from vllm_model.cuda.finish import Finisher, RunningStep
 from vllm_model.cuda.forward import Forward
@@ -12,14 +12,21 @@ from vllm_model.cuda.kv_scales import measure_scales
 from vllm_model.cuda.loose_steps import LooseSteps
 from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows
+from vllm_model.cuda.short_steps import ShortSteps
 from vllm_model.decoder import Decoder
 from vllm_model.host_sampling import needs_host
 from vllm_model.kv_cache import PagedKvCache
 from vllm_traits.backend import CompletedStep
 from vllm_traits.batch import Batch
 
+GRAPHS_ON_DEMAND = 128
+"""Room for so many graphs besides the widest: those of every size, and of other ways to sample as they come."""
+SPARE_BYTES = 768 << 20
+"""For what libraries take when they meet a shape for the first time."""
 MAX_DRAFT_TOKENS = 8
 """Most guesses in a row."""
+MOST_LOGITS = 64 * (1 + MAX_DRAFT_TOKENS)
+"""Tokens whose logits are held at once, if that is more than the slots."""
 
 
 class Steps:
@@ -46,24 +53,43 @@ class Steps:
     ) -> None:
         self._device = device
         self._rows = rows = DeviceRows(device, max_num_seqs, max_blocks)
-        sampler = DeviceSampler(device, rows)
+        sampler = DeviceSampler(device, rows, max(max_num_seqs, min(MOST_LOGITS, max_num_seqs * (1 + MAX_DRAFT_TOKENS))))
         self._forward = forward = Forward(device, decoder, cache, rows.tables)
-        plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size)
+        plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size, 1 + MAX_DRAFT_TOKENS)
         self.decode = DecodeSteps(device, forward, rows, sampler, plans)
+        self.short = ShortSteps(device, forward, rows, sampler, plans)
         self.chunk = ChunkSteps(device, forward, rows, sampler, max_num_batched_tokens)
-        self.loose = LooseSteps(device, forward, rows, sampler, plans)
-        self._finisher = Finisher(device, max_num_seqs * (1 + MAX_DRAFT_TOKENS))
+        self.loose = LooseSteps(device, forward, rows, sampler, plans, max_num_batched_tokens)
+        self._finisher = Finisher(device, rows, max_num_seqs * (1 + MAX_DRAFT_TOKENS))
 
     def prepare(self) -> None:
         """Compile and capture what steps need."""
-        self._device.compile(self.decode.compile, self.loose.compile)
+        self._device.compile(self.decode.compile, self.short.compile, self.loose.compile)
         if self._forward.cache.scales is not None:
             measure_scales(self._device, self._forward)
         self.chunk.capture_all()
         self.decode.capture_all()
 
+    def measure(self) -> int:
+        """Try the widest steps: bytes to keep for any step and all graphs, besides what is allocated by now."""
+        device = self._device
+        device.compile(self.decode.compile, self.short.compile, self.loose.compile)
+        _, peak = device.taken_by(self.loose.run_widest)
+        graphs = list[Graph]()  # while one is there, others may share its memory
+        widest, _ = device.taken_by(lambda: graphs.extend(self.chunk.capture_widest() + self.decode.capture_widest()))
+        few, _ = device.taken_by(self.decode.capture_least)
+        more = few // LEAST_GRAPHS * GRAPHS_ON_DEMAND
+        return peak + widest + more + SPARE_BYTES
+
     def run(self, batch: Batch) -> RunningStep | CompletedStep:
-        """Start a step."""
+        """Start a step. If it cannot be, what it sent goes again with the next."""
+        try:
+            return self._run(batch)
+        except BaseException:
+            self._rows.forget(batch.slots)
+            raise
+
+    def _run(self, batch: Batch) -> RunningStep | CompletedStep:
         if len(batch.changed_slots):
             self.decode.prefixes.forget()
             self._rows.send_changes(batch)
@@ -72,6 +98,9 @@ class Steps:
             return self.loose.run_with_host(batch)
         if batch.num_tokens == batch.num_rows:  # so there are no guesses
             return self._finisher.finish(batch, self.decode.run(batch))
+        shape = self.short.shape_for(batch)
+        if shape is not None:
+            return self._finisher.finish(batch, self.short.run(batch, shape))
         size = self.chunk.size_for(batch)
         tokens = self.loose.run(batch) if size is None else self.chunk.run(batch, size)
         return self._finisher.finish(batch, tokens)

@@ -30,7 +30,8 @@ def _start_pair(
     room,
     q_stride,
     GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,
+    queries,
+    MANY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D_BLOCK: tl.constexpr,
     M: tl.constexpr,
@@ -41,11 +42,11 @@ def _start_pair(
     """
     tiles = tl.load(starts_ptr + row + 1) - tl.load(starts_ptr + row)
     left = tl.minimum(tiles - tile, room)
-    q = tl.load(q_ptr + row.to(tl.int64) * (QUERIES * q_stride) + head * (GROUP * HEAD_DIM) + io, mask=io_mask, other=0.0)
+    q = tl.load(q_ptr + row.to(tl.int64) * (queries * q_stride) + head * (GROUP * HEAD_DIM) + io, mask=io_mask, other=0.0)
     if FP8:
         q = q.to(tl.float16)
     bound = tl.zeros([M], tl.int32)
-    if QUERIES > 1:
+    if MANY:
         bound = tl.load(first_ptr + row) + tl.arange(0, M) // GROUP
     highest = tl.full([M], -1.0e30, tl.float32)  # finite, so that a row that saw nothing yet subtracts to 0, not NaN
     denominator = tl.zeros([M], tl.float32)
@@ -67,7 +68,7 @@ def _write_pair(
     q_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,
+    queries,
     HEAD_DIM: tl.constexpr,
     M: tl.constexpr,
     FP8: tl.constexpr,
@@ -75,12 +76,12 @@ def _write_pair(
     result = acc / tl.where(denominator > 0.0, denominator, 1.0)[:, None]
     if FP8:
         result *= tl.load(v_scale_ptr + head)
-    base = row.to(tl.int64) * (QUERIES * q_stride) + head * (GROUP * HEAD_DIM)
+    base = row.to(tl.int64) * (queries * q_stride) + head * (GROUP * HEAD_DIM)
     tl.store(out_ptr + base + io, result.to(out_ptr.dtype.element_ty), mask=io_mask)
     if lse_ptr is not None:
         m = tl.arange(0, M)
-        its = (row * QUERIES + m // GROUP) * (KV_HEADS * GROUP) + head * GROUP + m % GROUP
-        tl.store(lse_ptr + its, highest + tl.log2(denominator), mask=m < QUERIES * GROUP)
+        its = (row * queries + m // GROUP) * (KV_HEADS * GROUP) + head * GROUP + m % GROUP
+        tl.store(lse_ptr + its, highest + tl.log2(denominator), mask=m < queries * GROUP)
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def _merge(
     q_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,
+    queries,
     HEAD_DIM: tl.constexpr,
     D_BLOCK: tl.constexpr,
     M: tl.constexpr,
@@ -124,7 +125,7 @@ def _merge(
         arrived = tl.atomic_add(count_ptr + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
         if arrived == last - first:
             tl.store(count_ptr + row * KV_HEADS + head, 0)
-            m_mask = m < QUERIES * GROUP
+            m_mask = m < queries * GROUP
             part_io = m[:, None] * D_BLOCK + d[None, :]
             highest = tl.full([M], -1.0e30, tl.float32)
             denominator = tl.zeros([M], tl.float32)
@@ -157,7 +158,7 @@ def _merge(
                 q_stride,
                 KV_HEADS,
                 GROUP,
-                QUERIES,
+                queries,
                 HEAD_DIM,
                 M,
                 FP8,
@@ -166,17 +167,17 @@ def _merge(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr,  # [rows * QUERIES, KV_HEADS * GROUP, HEAD_DIM]
+    q_ptr,  # [rows * queries, KV_HEADS * GROUP, HEAD_DIM]
     out_ptr,  # like q
     cache_ptr,  # [num_blocks, KV_HEADS, 2, BLOCK_SIZE, HEAD_DIM]
-    first_ptr,  # [rows]: position of the row's first query, for QUERIES > 1
+    first_ptr,  # [rows]: position of the row's first query, for more than one query
     plan_ptr,  # [PROGRAMS, 16]
     starts_ptr,  # [rows + 1]
     entries_ptr,  # [tiles * (TILE // UNIT)]
     part_ptr,  # float32 [PROGRAMS, 2, M, D_BLOCK]
     stats_ptr,  # float32 [PROGRAMS, 2, 2, M]: maximum, sum
     count_ptr,  # int32 [rows * KV_HEADS], zero between launches
-    lse_ptr,  # float32 [rows * QUERIES, KV_HEADS * GROUP] or None
+    lse_ptr,  # float32 [rows * queries, KV_HEADS * GROUP] or None
     k_scale_ptr,  # float32 [KV_HEADS]
     v_scale_ptr,
     block_stride,
@@ -184,7 +185,8 @@ def _decode_kernel(
     softmax_scale,  # times log2(e)
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,
+    queries,
+    MANY: tl.constexpr,  # more than one query
     HEAD_DIM: tl.constexpr,
     D_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -210,7 +212,7 @@ def _decode_kernel(
     first_head = head
 
     m = tl.arange(0, M)  # (query token, head of the group), padded for the matrix unit
-    m_mask = m < QUERIES * GROUP
+    m_mask = m < queries * GROUP
     d = tl.arange(0, D_BLOCK)
     n = tl.arange(0, TILE)
     io_mask = m_mask[:, None] & (d < HEAD_DIM)[None, :]
@@ -234,7 +236,8 @@ def _decode_kernel(
             end - begin,
             q_stride,
             GROUP,
-            QUERIES,
+            queries,
+            MANY,
             HEAD_DIM,
             D_BLOCK,
             M,
@@ -262,7 +265,7 @@ def _decode_kernel(
             if FP8:
                 scale *= tl.load(k_scale_ptr + head)
             scores = tl.dot(q, tl.trans(k)) * scale  # [M, TILE]
-            if QUERIES == 1:
+            if not MANY:
                 scores = tl.where(seen[None, :], scores, float("-inf"))
             else:
                 scores = tl.where(seen[None, :] & ((tile * TILE + n)[None, :] <= bound[:, None]), scores, float("-inf"))
@@ -290,7 +293,7 @@ def _decode_kernel(
                         q_stride,
                         KV_HEADS,
                         GROUP,
-                        QUERIES,
+                        queries,
                         HEAD_DIM,
                         M,
                         FP8,
@@ -320,7 +323,8 @@ def _decode_kernel(
                         end - at - 1,
                         q_stride,
                         GROUP,
-                        QUERIES,
+                        queries,
+                        MANY,
                         HEAD_DIM,
                         D_BLOCK,
                         M,
@@ -349,7 +353,7 @@ def _decode_kernel(
                     q_stride,
                     KV_HEADS,
                     GROUP,
-                    QUERIES,
+                    queries,
                     HEAD_DIM,
                     D_BLOCK,
                     M,
@@ -412,7 +416,7 @@ def paged_decode(
         out = torch.empty_like(q)
     if not rows:
         return out
-    config = plan.config
+    config, m = plan.config, max(16, power_of_two(queries * plan.group))
     launch(
         _decode_kernel,
         (plan.programs,),
@@ -434,18 +438,19 @@ def paged_decode(
         softmax_scale(head_dim, scale),
         KV_HEADS=plan.num_kv_heads,
         GROUP=plan.group,
-        QUERIES=queries,
+        queries=queries,
+        MANY=queries > 1,
         HEAD_DIM=head_dim,
         D_BLOCK=power_of_two(head_dim),
         BLOCK_SIZE=plan.block_size,
-        M=max(16, power_of_two(queries * plan.group)),
+        M=m,
         TILE=config.tile,
         UNIT=plan.unit,
         PROGRAMS=plan.programs,
         STAGES=config.num_stages,
         FP8=fp8,
         PDL=pdl,
-        num_warps=config.num_warps,
+        num_warps=max(config.num_warps, m // 16),
         num_stages=config.num_stages,
         **launch_options(pdl),
     )

@@ -2,13 +2,11 @@
 # ruff: noqa: N803  constexpr arguments are upper case in Triton
 """From logits to tokens on the device, no sort and no wait of the host.
 
-``process_logits`` (bias, penalties, bitmask), then ``sample`` (temperature, min-p, top-k, top-p, Gumbel-max), and
-``token_logprobs``. Parameters live in per-slot arrays; ``slots[row]`` names a row's. The filters find the least logit that
-stays by bisection with snapping: every pass over the row counts what is at or above a pivot and moves both ends of the
-interval onto logits that exist, until they meet. Equal logits stay or go together.
+Temperature, min-p, top-k, top-p, Gumbel-max; :mod:`.logits` changes logits before, :mod:`.logprobs` reports on them. Parameters
+live in per-slot arrays; ``slots[row]`` names a row's. The filters find the least logit that stays by bisection with snapping:
+every pass over the row counts what is at or above a pivot and moves both ends of the interval onto logits that exist, until
+they meet. Equal logits stay or go together.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,8 +17,6 @@ from vllm_model.noise import gumbel_noise
 
 MANY_ROWS = 32
 """From here on rows are drawn by programs of one warp."""
-LOGPROB_SPLITS = 16
-"""Programs of a row in ``token_logprobs``: fixed, so that a row's sum does not depend on the batch."""
 
 
 @triton.jit
@@ -61,65 +57,6 @@ def _gumbel(x):
     v = tl.minimum(x.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
     series = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * 0.25)))
     return -tl.log(tl.where(v < 0.015625, series, -tl.log(1.0 - v)))
-
-
-@triton.jit
-def _penalise(x, count, in_prompt, repetition, frequency, presence):
-    factor = tl.where((count > 0) | in_prompt, repetition, 1.0)
-    x = tl.where(x > 0, x / factor, x * factor)
-    return x - frequency * count.to(tl.float32) - tl.where(count > 0, presence, 0.0)
-
-
-@triton.jit
-def _process_kernel(
-    logits_ptr,  # [rows, vocab]
-    out_ptr,  # float32 [rows, vocab]
-    slots_ptr,  # [rows]
-    counts_ptr,  # int16 [max_slots, vocab]
-    prompt_ptr,  # int32 [max_slots, words]
-    repetition_ptr,  # float32 [max_slots]
-    frequency_ptr,
-    presence_ptr,
-    bitmask_ptr,  # int32 [max_slots, words]
-    bias_token_ptr,  # int32 [max_slots, max_bias]
-    bias_value_ptr,  # float32 [max_slots, max_bias]
-    logits_stride,
-    out_stride,
-    counts_stride,
-    prompt_stride,
-    bitmask_stride,
-    bias_stride,
-    vocab,
-    max_bias,
-    PENALTIES: tl.constexpr,
-    BITMASK: tl.constexpr,
-    BIAS: tl.constexpr,  # this launch visits the biased tokens alone, after the launch that visits all
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wait_for_previous(PDL)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    if slot >= 0:
-        mask = token < vocab
-        bias = 0.0
-        if BIAS:
-            entry = token
-            token = tl.load(bias_token_ptr + slot * bias_stride + entry, mask=entry < max_bias, other=-1)
-            bias = tl.load(bias_value_ptr + slot * bias_stride + entry, mask=entry < max_bias, other=0.0)
-            mask = (token >= 0) & (token < vocab)
-        x = tl.load(logits_ptr + row * logits_stride + token, mask=mask, other=0.0).to(tl.float32) + bias
-        if PENALTIES:
-            count = tl.load(counts_ptr + slot * counts_stride + token, mask=mask, other=0).to(tl.int32)
-            word = tl.load(prompt_ptr + slot * prompt_stride + token // 32, mask=mask, other=0)
-            in_prompt = ((word >> (token % 32)) & 1) != 0
-            repetition = tl.load(repetition_ptr + slot)
-            x = _penalise(x, count, in_prompt, repetition, tl.load(frequency_ptr + slot), tl.load(presence_ptr + slot))
-        if BITMASK:
-            word = tl.load(bitmask_ptr + slot * bitmask_stride + token // 32, mask=mask, other=0)
-            x = tl.where(((word >> (token % 32)) & 1) != 0, x, float("-inf"))
-        tl.store(out_ptr + row * out_stride + token, x, mask=mask)
 
 
 @triton.jit
@@ -294,61 +231,6 @@ def _draw_kernel(
                 tl.store(out_ptr + row, tl.minimum(token, vocab - 1))
 
 
-@triton.jit
-def _logprob_kernel(
-    logits_ptr,  # [rows, vocab]
-    tokens_ptr,  # [rows]
-    part_ptr,  # float32 [rows, SPLITS, 2]: maximum, sum of exponentials
-    above_ptr,  # int32 [rows, SPLITS]
-    count_ptr,  # int32 [rows], zero between launches
-    logprob_ptr,  # float32 [rows]
-    rank_ptr,  # int32 [rows]
-    logits_stride,
-    vocab,
-    share,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    wait_for_previous(PDL)
-    chosen = tl.load(tokens_ptr + row).to(tl.int64)
-    if chosen < 0:
-        if split == 0:
-            tl.store(logprob_ptr + row, 0.0)
-            tl.store(rank_ptr + row, 0)
-    else:
-        logits_ptr += row * logits_stride
-        logit = tl.load(logits_ptr + chosen).to(tl.float32)
-        offset = tl.arange(0, BLOCK)
-        highest = tl.full([BLOCK], -1.0e30, tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        above = tl.zeros([BLOCK], tl.int32)
-        for start in range(split * share, tl.minimum(split * share + share, vocab), BLOCK):
-            token = start + offset
-            x = tl.load(logits_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
-            above += (x > logit).to(tl.int32)
-            new_highest = tl.maximum(highest, x)
-            total = total * tl.exp(highest - new_highest) + tl.exp(x - new_highest)
-            highest = new_highest
-        greatest = tl.max(highest, axis=0)
-        tl.store(part_ptr + (row * SPLITS + split) * 2, greatest)
-        tl.store(part_ptr + (row * SPLITS + split) * 2 + 1, tl.sum(total * tl.exp(highest - greatest), axis=0))
-        tl.store(above_ptr + row * SPLITS + split, tl.sum(above, axis=0))
-        tl.debug_barrier()
-        arrived = tl.atomic_add(count_ptr + row, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS - 1:
-            tl.store(count_ptr + row, 0)
-            s = tl.arange(0, SPLITS)
-            maxima = tl.load(part_ptr + (row * SPLITS + s) * 2, cache_modifier=".cg")
-            sums = tl.load(part_ptr + (row * SPLITS + s) * 2 + 1, cache_modifier=".cg")
-            greatest = tl.max(maxima, axis=0)
-            normaliser = greatest + tl.log(tl.sum(sums * tl.exp(maxima - greatest), axis=0))
-            tl.store(logprob_ptr + row, logit - normaliser)
-            tl.store(rank_ptr + row, 1 + tl.sum(tl.load(above_ptr + row * SPLITS + s, cache_modifier=".cg"), axis=0))
-
-
 class SamplerWorkspace:
     """Device buffers of the sampler, of fixed size, good for CUDA graphs; for one stream.
 
@@ -365,93 +247,6 @@ class SamplerWorkspace:
         self.tokens = torch.empty(max_rows * self.MAX_SPLITS, dtype=torch.int32, device=device)
         self.counts = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.thresholds = torch.empty(max_rows, dtype=torch.float32, device=device)
-
-
-@dataclass(frozen=True)
-class LogitsState:
-    """Per-slot arrays of what changes logits; leave a group None where no request of the engine uses it.
-
-    Attributes:
-        output_counts: int16 ``[max_slots, vocab]``, how often each token was generated.
-        prompt_bits: int32 ``[max_slots, ceil(vocab / 32)]``, bit ``token % 32`` of word ``token // 32``: stands in the prompt.
-        repetition_penalty, frequency_penalty, presence_penalty: float32 ``[max_slots]``.
-        bitmask: int32 ``[max_slots, ceil(vocab / 32)]``, bit set: allowed (all ones where nothing is banned).
-        bias_tokens: int32 ``[max_slots, max_bias]``, no token twice in a row; -1 and what is past the vocabulary is skipped.
-        bias_values: float32 ``[max_slots, max_bias]``, added to the logit; ``-inf`` bans.
-    """
-
-    output_counts: torch.Tensor | None = None
-    prompt_bits: torch.Tensor | None = None
-    repetition_penalty: torch.Tensor | None = None
-    frequency_penalty: torch.Tensor | None = None
-    presence_penalty: torch.Tensor | None = None
-    bitmask: torch.Tensor | None = None
-    bias_tokens: torch.Tensor | None = None
-    bias_values: torch.Tensor | None = None
-
-
-def process_logits(
-    logits: torch.Tensor, slots: torch.Tensor, state: LogitsState, out: torch.Tensor | None = None, *, pdl: bool = False
-) -> torch.Tensor:
-    """Bias, then repetition, frequency and presence penalty, then the bitmask, in vLLM's order and meaning.
-
-    Args:
-        logits: ``[rows, vocab]`` bf16, fp16 or float32, rows contiguous; not changed.
-        slots: int32 ``[rows]``; rows with -1 are not written.
-        state: What to apply.
-        out: float32 ``[rows, vocab]``, another tensor than ``logits``; a new one when None.
-        pdl: Programmatic dependent launch.
-
-    Returns:
-        float32 ``[rows, vocab]``.
-
-    Raises:
-        ValueError: ``out`` is not float32, or is ``logits``.
-    """
-    rows, vocab = logits.shape
-    if out is None:
-        out = torch.empty(rows, vocab, dtype=torch.float32, device=logits.device)
-    if out.dtype != torch.float32 or out.data_ptr() == logits.data_ptr() != 0:
-        raise ValueError("process_logits writes float32 to another tensor")
-
-    def stride(tensor: torch.Tensor | None) -> int:
-        return 0 if tensor is None else tensor.stride(0)
-
-    for bias in (False, True):
-        entries = vocab if not bias else 0 if state.bias_tokens is None else state.bias_tokens.shape[1]
-        if not rows or not entries:
-            continue
-        block = min(power_of_two(entries), 2048)
-        launch(
-            _process_kernel,
-            (rows, triton.cdiv(entries, block)),
-            logits,
-            out,
-            slots,
-            state.output_counts,
-            state.prompt_bits,
-            state.repetition_penalty,
-            state.frequency_penalty,
-            state.presence_penalty,
-            state.bitmask,
-            state.bias_tokens,
-            state.bias_values,
-            logits.stride(0),
-            out.stride(0),
-            stride(state.output_counts),
-            stride(state.prompt_bits),
-            stride(state.bitmask),
-            stride(state.bias_tokens),
-            vocab,
-            entries,
-            PENALTIES=state.output_counts is not None,
-            BITMASK=state.bitmask is not None,
-            BIAS=bias,
-            BLOCK=block,
-            PDL=pdl,
-            **launch_options(pdl),
-        )
-    return out
 
 
 def sample(
@@ -558,82 +353,6 @@ def sample(
     return out
 
 
-def token_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, workspace: SamplerWorkspace, *, pdl: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and rank of one token per row under the raw logits.
-
-    Args:
-        logits: ``[rows, vocab]`` bf16, fp16 or float32, rows contiguous.
-        tokens: int32 or int64 ``[rows]``; -1: padding, log-probability 0 and rank 0.
-        workspace: Buffers.
-        pdl: Programmatic dependent launch.
-
-    Returns:
-        float32 ``[rows]`` and int32 ``[rows]``; rank 1 is the most likely, equal logits share a rank.
-
-    Raises:
-        ValueError: More rows than the workspace has room for.
-    """
-    rows, vocab = logits.shape
-    if rows > workspace.max_rows:
-        raise ValueError(f"{rows} rows in a workspace for {workspace.max_rows}")
-    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    ranks = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    if rows:
-        block = min(power_of_two(triton.cdiv(vocab, LOGPROB_SPLITS)), 1024)
-        share = triton.cdiv(triton.cdiv(vocab, LOGPROB_SPLITS), block) * block
-        launch(
-            _logprob_kernel,
-            (rows, LOGPROB_SPLITS),
-            logits,
-            tokens,
-            workspace.values,
-            workspace.tokens,
-            workspace.counts,
-            logprobs,
-            ranks,
-            logits.stride(0),
-            vocab,
-            share,
-            SPLITS=LOGPROB_SPLITS,
-            BLOCK=block,
-            PDL=pdl,
-            num_warps=4,
-            **launch_options(pdl),
-        )
-    return logprobs, ranks
-
-
-def process_logits_reference(logits: torch.Tensor, slots: torch.Tensor, state: LogitsState) -> torch.Tensor:
-    """What :func:`process_logits` computes for rows with a slot, in the type of ``logits``."""
-    slot = slots.clamp(min=0).long()
-    vocab = logits.shape[1]
-    out = logits.clone()
-    token = torch.arange(vocab, device=logits.device)
-
-    def bits(words: torch.Tensor) -> torch.Tensor:
-        return ((words[slot][:, token // 32] >> (token % 32)) & 1).bool()
-
-    if state.bias_tokens is not None and state.bias_values is not None:
-        for row, s in enumerate(slot.tolist()):
-            named = state.bias_tokens[s]
-            valid = (named >= 0) & (named < vocab)
-            out[row, named[valid].long()] += state.bias_values[s][valid].to(out.dtype)
-    if state.output_counts is not None:
-        assert state.prompt_bits is not None
-        assert state.repetition_penalty is not None
-        assert state.frequency_penalty is not None
-        assert state.presence_penalty is not None
-        count = state.output_counts[slot].to(out.dtype)
-        factor = torch.where((count > 0) | bits(state.prompt_bits), state.repetition_penalty[slot][:, None].to(out.dtype), 1.0)
-        out = torch.where(out > 0, out / factor, out * factor)
-        out = out - state.frequency_penalty[slot][:, None] * count - state.presence_penalty[slot][:, None] * (count > 0)
-    if state.bitmask is not None:
-        out = out.masked_fill(~bits(state.bitmask), float("-inf"))
-    return out
-
-
 def filter_reference(
     logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
@@ -671,9 +390,3 @@ def sample_reference(
     scaled = logits.float() / temperature.clamp(min=1e-30)[:, None] + noise
     drawn = scaled.masked_fill(~keep, float("-inf")).argmax(-1)
     return torch.where(temperature > 0, drawn, logits.float().argmax(-1))
-
-
-def token_logprobs_reference(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`token_logprobs` computes, in the type of ``logits``."""
-    chosen = logits.gather(1, tokens.long()[:, None])
-    return (chosen - logits.logsumexp(-1, keepdim=True))[:, 0], 1 + (logits > chosen).sum(-1)
