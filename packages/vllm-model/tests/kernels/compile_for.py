@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from vllm_model.kernels import _launch, decode_plan
+from vllm_model.kernels.accept import accept
 from vllm_model.kernels.gemv import thin_linear
 from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import paged_prefill
@@ -66,6 +67,7 @@ def others() -> None:
     silu_mul(x)
     ints = torch.zeros(2, dtype=torch.int32)
     ones, filters = torch.ones(2), {"top_k": ints, "top_p": torch.ones(2), "min_p": torch.ones(2)}
+    accept(ints[:, None], ints[:, None], ints, ints, ints, ints)
     for options in ({}, filters):
         sample(x, ints, ints, ones, ints.long(), SamplerWorkspace(2, "cpu"), **options)
 
