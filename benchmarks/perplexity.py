@@ -13,9 +13,9 @@ import torch
 
 from vllm_core import Engine, EngineConfig, SamplingParams
 from vllm_model import Tokenizer, load_backend, resolve_model
-from vllm_model.backend import TorchBackend
 from vllm_model.loaders import load_config, load_weights
 from vllm_model.model_config import ModelConfig
+from vllm_model.native_backend import NativeBackend
 from vllm_model.quantization import as_asked
 from vllm_traits import ModelBackend
 
@@ -34,7 +34,7 @@ def perplexity(backend: ModelBackend, tokens: Sequence[int], *, rows: int = 512)
     return math.exp(-sum(entry.logprobs[0] for entry in output.prompt_logprobs if entry) / (len(tokens) - 1))
 
 
-def shuffled_backend(path: Path, *, dtype: torch.dtype, quantization: Any, seed: int = 0) -> TorchBackend:
+def shuffled_backend(path: Path, *, dtype: torch.dtype, quantization: Any, seed: int = 0) -> NativeBackend:
     """The same function with its channels in another order, quantized after that.
 
     A file of 4 bits dequantized and quantized again would meet its own steps and lose nothing. In another order 32 neighbours
@@ -53,7 +53,7 @@ def shuffled_backend(path: Path, *, dtype: torch.dtype, quantization: Any, seed:
             weights[name] = weights[name][:, hidden]
     for layer in range(config.num_layers):
         _shuffle_inside(weights, f"model.layers.{layer}", config, generator)
-    return TorchBackend(config, {name: as_asked(name, weight, quantization, dtype) for name, weight in weights.items()})
+    return NativeBackend(config, {name: as_asked(name, weight, quantization, dtype) for name, weight in weights.items()})
 
 
 def _shuffle_inside(weights: dict[str, torch.Tensor], prefix: str, config: ModelConfig, generator: torch.Generator) -> None:
