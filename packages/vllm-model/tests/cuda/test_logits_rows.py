@@ -63,6 +63,15 @@ def test_tokens_and_logprobs_are_those_of_the_host(make_backend: Callable[..., A
     assert len({tuple(each.token_ids) for each in ours}) == len(ours)
 
 
+def test_guesses_beside_them_change_nothing(make_backend: Callable[..., Any]) -> None:
+    kinds = [KINDS[0], KINDS[3], KINDS[5] | {"temperature": 0.0}, {"temperature": 0.0}, KINDS[4]]
+    alone = run(make_backend(), kinds)
+    backend = make_backend()
+    guessed = run(backend, kinds, max_draft_tokens=3, proposers=("ngram",), prompt_lookup_min=1)
+    assert [each.token_ids for each in guessed] == [each.token_ids for each in alone]
+    assert [len(each.logprobs or []) for each in guessed] == [len(each.logprobs or []) for each in alone]
+
+
 def test_preempted_rows_count_what_they_had_said(make_backend: Callable[..., Any]) -> None:
     """With too few blocks for all, and each alone."""
     kinds = [{"frequency_penalty": 1.5, "repetition_penalty": 1.2, "max_tokens": 24} for _ in range(3)]

@@ -99,12 +99,15 @@ class LogitsRows:
         )
 
     def need_host(self, batch: Batch) -> bool:
-        """Whether some row needs its logits on the host: prompts that are scored, and guesses behind penalties."""
+        """Whether some row needs its logits on the host: prompts that are scored, guesses behind penalties, log-probabilities in
+        a step with guesses.
+        """
         slots = batch.slots
         if not self._special[slots].any():
             return False
         scored = self._scored[slots] & (batch.num_computed < batch.state.num_prompt_tokens[slots])
-        guessed = (batch.num_draft > 0) & (self._penalised[slots] | (self.num_logprobs[slots] >= 0))
+        guesses = batch.num_draft > 0
+        guessed = (guesses & self._penalised[slots]) | (guesses.any() & (self.num_logprobs[slots] >= 0))
         return bool((scored | guessed | self._many_bans[slots]).any())
 
     def adjust(self, batch: Batch) -> bool:
