@@ -1,6 +1,6 @@
-"""Which launch shapes are fastest on this card: decode attention, and the thin products of one and two rows.
+"""Which launch shapes are fastest on this card: decode attention, chunks of prompts, the thin products of one and two rows.
 
-    python benchmarks/tune_kernels.py [decode] [thin]
+    python benchmarks/tune_kernels.py [decode] [prefill] [thin]
 
 Kernels are compiled by several processes first, then timed by one: microseconds in a graph, a line for each shape, best first.
 """
@@ -20,6 +20,7 @@ from bench_kernels import bf16, micros
 from vllm_model.kernels.decode_plan import DecodeConfig, DecodePlan
 from vllm_model.kernels.gemv import GemvConfig, thin_linear
 from vllm_model.kernels.paged_decode import paged_decode
+from vllm_model.kernels.paged_prefill import PrefillConfig, paged_prefill
 
 PROCESSES = 14
 DECODE = [
@@ -27,6 +28,17 @@ DECODE = [
     *((32, 4, 4, 5), (32, 4, 4, 6), (32, 3, 4, 6), (32, 4, 2, 5), (32, 6, 2, 4), (32, 6, 4, 5), (32, 5, 1, 4), (16, 8, 1, 5)),
     *((128, 1, 8, 5), (128, 1, 8, 4), (128, 2, 8, 4), (128, 2, 4, 4), (128, 1, 4, 5), (64, 2, 8, 5), (64, 3, 4, 4)),
 ]
+PREFILL = [
+    *((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3), (128, 32, 4, 4), (128, 32, 8, 4)),
+    *((64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (64, 32, 4, 4)),
+]
+CHUNKS = {
+    "4096": [(0, 4096)],
+    "512 behind 4096": [(4096, 512)],
+    "16x256": [(0, 256)] * 16,
+    "8x512 behind 1024": [(1024, 512)] * 8,
+}
+"""Rows of (tokens cached, tokens to run)."""
 LOADS = {
     "256x600": [600] * 256,
     "64x640": [640] * 64,
@@ -86,6 +98,25 @@ def decode(timed: bool) -> Iterator[Measured]:
             yield f"decode {name} {heads}/8 ({gb / 4240:.1f} us at 4.24 TB/s)", str(shape), run
 
 
+def prefill(timed: bool) -> Iterator[Measured]:
+    """Every chunk with every configuration."""
+    for (name, rows), heads in itertools.product(CHUNKS.items(), (16, 32)):
+        caches, tables = load([sum(row) for row in rows], 0)
+        starts = torch.tensor([0, *itertools.accumulate(row[1] for row in rows)], dtype=torch.int32, device="cuda")
+        computed = torch.tensor([row[0] for row in rows], dtype=torch.int32, device="cuda")
+        slots = torch.arange(len(rows), dtype=torch.int32, device="cuda")
+        q = bf16(sum(row[1] for row in rows), heads, 128)
+        work = sum(4 * heads * 128 * new * (cached + new / 2) for cached, new in rows)
+        for shape in PREFILL:
+            config = PrefillConfig(*shape)
+
+            def run(config: PrefillConfig = config) -> float:
+                calls = [lambda c=c: paged_prefill(q, c, tables, slots, starts, computed, config=config) for c in caches]  # type: ignore[misc]
+                return micros(calls) if timed else calls[0]() is None
+
+            yield f"prefill {name} {heads}/8 ({work / 7.21e8:.1f} us at 721 TFLOP/s)", str(shape), run
+
+
 def thin(timed: bool) -> Iterator[Measured]:
     """Every layer with every configuration, and cuBLAS."""
     for (name, (n, k, norm, silu)), rows in itertools.product(THIN.items(), (1, 2)):
@@ -115,8 +146,8 @@ def thin(timed: bool) -> Iterator[Measured]:
 
 def main() -> None:
     """Compile as one of several processes, or have that done and measure."""
-    parts = {"decode": decode, "thin": thin}
-    if sys.argv[1] == "--compile":
+    parts = {"decode": decode, "prefill": prefill, "thin": thin}
+    if sys.argv[1:2] == ["--compile"]:
         mine, chosen = int(sys.argv[2]), sys.argv[3:]
         for name in chosen:
             for index, (_, _, run) in enumerate(parts[name](False)):
@@ -124,7 +155,7 @@ def main() -> None:
                     with contextlib.suppress(Exception):  # what does not compile is a line of the table later
                         run()
         return
-    chosen = sys.argv[1:]
+    chosen = sys.argv[1:] or list(parts)
     workers = [subprocess.Popen([sys.executable, __file__, "--compile", str(index), *chosen]) for index in range(PROCESSES)]
     for worker in workers:
         worker.wait()

@@ -35,6 +35,7 @@ def _start_pair(
     HEAD_DIM: tl.constexpr,
     D_BLOCK: tl.constexpr,
     M: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """A pair from its tile ``tile`` on: the tiles of it that this program takes, at most ``room``; whether that is all of it;
     its queries, the last key of each; and of the softmax: maximum, sum, weighted values.
@@ -42,6 +43,8 @@ def _start_pair(
     tiles = tl.load(starts_ptr + row + 1) - tl.load(starts_ptr + row)
     left = tl.minimum(tiles - tile, room)
     q = tl.load(q_ptr + row.to(tl.int64) * (queries * q_stride) + head * (GROUP * HEAD_DIM) + io, mask=io_mask, other=0.0)
+    if FP8:
+        q = q.to(tl.float16)
     bound = tl.zeros([M], tl.int32)
     if MANY:
         bound = tl.load(first_ptr + row) + tl.arange(0, M) // GROUP
@@ -238,6 +241,7 @@ def _decode_kernel(
             HEAD_DIM,
             D_BLOCK,
             M,
+            FP8,
         )
         # One loop over tiles of all pairs, so that loads of the next pair are under way while one ends.
         for at in tl.range(begin, end, num_stages=STAGES):
@@ -255,8 +259,8 @@ def _decode_kernel(
             k = tl.load(kv_ptr, mask=kv_mask, other=0.0)  # [TILE, D_BLOCK]
             v = tl.load(kv_ptr + BLOCK_SIZE * HEAD_DIM, mask=kv_mask, other=0.0)
             if FP8:
-                k = k.to(q_ptr.dtype.element_ty)
-                v = v.to(q_ptr.dtype.element_ty)
+                k = k.to(tl.float16)  # exact, and one instruction for two of them
+                v = v.to(tl.float16)
             scale = softmax_scale
             if FP8:
                 scale *= tl.load(k_scale_ptr + head)
@@ -269,7 +273,7 @@ def _decode_kernel(
             weight = tl.exp2(scores - new_highest[:, None])
             shrink = tl.exp2(highest - new_highest)
             denominator = denominator * shrink + tl.sum(weight, axis=1)
-            acc = tl.dot(weight.to(q_ptr.dtype.element_ty), v, acc * shrink[:, None])
+            acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None])
             highest = new_highest
             tile += 1
             left -= 1
@@ -324,6 +328,7 @@ def _decode_kernel(
                         HEAD_DIM,
                         D_BLOCK,
                         M,
+                        FP8,
                     )
         for which in tl.static_range(2):
             its_row = first_row if which == 0 else last_row

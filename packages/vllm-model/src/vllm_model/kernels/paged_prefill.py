@@ -59,8 +59,8 @@ def _attend(
             k = tl.load(kv_ptr, mask=(d < HEAD_DIM)[None, :], other=0.0)
             v = tl.load(kv_ptr + BLOCK_SIZE * HEAD_DIM, mask=(d < HEAD_DIM)[None, :], other=0.0)
         if FP8:
-            k = k.to(q.dtype)
-            v = v.to(q.dtype)
+            k = k.to(tl.float16)  # exact, and one instruction for two of them
+            v = v.to(tl.float16)
         scores = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if MASKED:
             scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
@@ -68,7 +68,7 @@ def _attend(
         weight = tl.exp2(scores * scale - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)
         denominator = denominator * shrink + tl.sum(weight, axis=1)
-        acc = tl.dot(weight.to(q.dtype), v, acc * shrink[:, None])
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None])
         highest = new_highest
     return acc, highest, denominator
 
@@ -131,6 +131,7 @@ def _prefill_kernel(
         scale = softmax_scale
         if FP8:
             scale *= tl.load(k_scale_ptr + head)
+            q = q.to(tl.float16)
         if slot >= 0:
             table_ptr = tables_ptr + slot * tables_stride
             head_ptr = cache_ptr + head * (2 * BLOCK_SIZE * HEAD_DIM)
