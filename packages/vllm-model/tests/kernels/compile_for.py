@@ -73,7 +73,6 @@ def others() -> None:
     silu_mul(x)
     ints = torch.zeros(2, dtype=torch.int32)
     ones, filters = torch.ones(2), {"top_k": ints, "top_p": torch.ones(2), "min_p": torch.ones(2)}
-    accept(ints[:, None], ints[:, None], ints, ints, ints, ints)
     for options in ({}, filters):
         sample(x, ints, ints, ones, ints.long(), SamplerWorkspace(2, "cpu"), **options)
     token_logprobs(x, ints, SamplerWorkspace(2, "cpu"))

@@ -99,9 +99,7 @@ class LogitsRows:
         )
 
     def need_host(self, batch: Batch) -> bool:
-        """Whether some row needs its logits on the host: prompts that are scored, guesses behind penalties, log-probabilities in
-        a step with guesses.
-        """
+        """Whether some row needs its logits on the host: scored prompts, guesses behind penalties, reports beside guesses."""
         slots = batch.slots
         if not self._special[slots].any():
             return False
