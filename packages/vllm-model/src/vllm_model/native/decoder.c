@@ -174,14 +174,10 @@ static void attend_phase(void *args, int chunk) {
 
 static void join_phase(void *args, int chunk) {
     const Work *work = args;
-    for (int i = chunk; i < work->num_items; i++) {
-        // the chunk-th item that begins a split
-        const Item *item = &work->items[i];
-        if (item->partial >= 0 && item->start == 0 && chunk-- == 0) {
-            join_partials(&work->attention, item);
-            return;
-        }
-    }
+    const Item *item = work->items;
+    for (int before = 0;; item++)  // to the chunk-th item that begins a split
+        if (item->partial >= 0 && item->start == 0 && before++ == chunk) break;
+    join_partials(&work->attention, item);
 }
 
 // What each item attends to; the same for every layer. Counts only, if `items` is NULL.
