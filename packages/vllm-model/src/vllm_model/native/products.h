@@ -39,7 +39,7 @@ enum { F32, BF16, INT4, INT8 };
 #define MAX_ROWS 4
 #endif
 #define FEW_ROWS 16        // up to here quantized panels are multiplied as they are
-#define TILE_ROWS 6        // from here on the matrix unit is faster
+#define TILE_ROWS 3        // from here on the matrix unit is faster
 #define ROWS_PER_CHUNK 128 // of large products, so that the inputs stay in the second-level cache
 
 typedef struct {
@@ -140,6 +140,16 @@ INLINE pairs int8_pairs(__m512i word, const int which) {
     return (pairs)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), odd);
 }
 
+// 0 to 15 in bfloat16, twice, so that only the lowest four bits of an index count.
+static const uint16_t numbers[32] = {
+    0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
+    0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+
+// The whole numbers of the pair of inputs `which` of a line.
+INLINE pairs group_pairs(__m512i word, const int type, const int which, __m512i table) {
+    return type == INT4 ? (pairs)_mm512_permutexvar_epi16(_mm512_srli_epi16(word, 4 * which), table) : int8_pairs(word, which);
+}
+
 // Pairs of bfloat16 times anything.
 INLINE void dot_block(const int rows, const int panels, const int type, const int add, const Block *b) {
     const uint16_t *x = b->x;
@@ -155,10 +165,6 @@ INLINE void dot_block(const int rows, const int panels, const int type, const in
                     acc[r][p] = _mm512_dpbf16_ps(acc[r][p], w, splat_pair(x + r * b->ldx + k));
             }
     } else {
-        // 0 to 15 in bfloat16, twice, so that only the lowest four bits of an index count
-        static const uint16_t numbers[32] = {
-            0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
-            0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
         const __m512i table = _mm512_loadu_si512(numbers);
         const int bytes = type == INT4 ? INT4_BYTES : INT8_BYTES, lines = type == INT4 ? 4 : 8, each = GROUP / lines;
         for (long g = 0; g < b->k / GROUP; g++) {
@@ -169,8 +175,7 @@ INLINE void dot_block(const int rows, const int panels, const int type, const in
                 UNROLL for (int p = 0; p < panels; p++) word[p] = _mm512_loadu_si512(b->panel[p] + g * bytes + line * 64);
                 UNROLL for (int i = 0; i < each / 2; i++)
                     UNROLL for (int p = 0; p < panels; p++) {
-                        pairs w = type == INT4 ? (pairs)_mm512_permutexvar_epi16(_mm512_srli_epi16(word[p], 4 * i), table)
-                                               : int8_pairs(word[p], i);
+                        pairs w = group_pairs(word[p], type, i, table);
                         UNROLL for (int r = 0; r < rows; r++)
                             part[r][p] = _mm512_dpbf16_ps(part[r][p], w, splat_pair(x + r * b->ldx + g * GROUP + line * each + 2 * i));
                     }
@@ -304,13 +309,14 @@ static const char *as_inputs(const char *panel, int type, long k, int dot, char 
 // --- the matrix unit ---
 
 #if HAVE_TILES
-static void tiles_begin(void) {
+// Tiles 0 to 5 have `rows` rows, tiles 6 and 7, for weights, 16.
+static void tiles_begin(int rows) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
     } __attribute__((packed)) config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = i < 6 ? rows : 16;
     _tile_loadconfig(&config);
 }
 
@@ -340,6 +346,66 @@ static void tiles(const uint16_t *x, long ldx, int second, const char *left, con
         _tile_stored(2, out + 16 * 32, 128);
         _tile_stored(3, out + 16 * 32 + 16, 128);
     }
+}
+
+// 8 rows times two quantized panels, or 16 rows times one; out [rows][32]. A tile takes a group of inputs, so whole numbers are
+// multiplied and each group is scaled afterwards, while the next one is unpacked and multiplied.
+INLINE void group_tiles(const int rows, const int panels, const int type, const uint16_t *x, long ldx, const char *const *panel,
+                        long k, const float *sums, float *out) {
+    const int bytes = type == INT4 ? INT4_BYTES : INT8_BYTES, lines = type == INT4 ? 4 : 8, each = GROUP / lines;
+    const long groups = k / GROUP;
+    const __m512i table = _mm512_loadu_si512(numbers);
+    char weights[2][2][1024] __attribute__((aligned(64)));
+    float parts[2][2][16 * PANEL] __attribute__((aligned(64)));
+    __m512 acc[rows][panels];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int p = 0; p < panels; p++) acc[r][p] = _mm512_setzero_ps();
+    for (long g = 0; g <= groups; g++) {
+        if (g < groups) {
+            UNROLL for (int p = 0; p < panels; p++)
+                UNROLL for (int line = 0; line < lines; line++) {
+                    __m512i word = _mm512_loadu_si512(panel[p] + g * bytes + line * 64);
+                    UNROLL for (int i = 0; i < each / 2; i++)
+                        _mm512_store_si512(weights[g & 1][p] + (line * each / 2 + i) * 64, (__m512i)group_pairs(word, type, i, table));
+                }
+            _tile_loadd(4, x + g * GROUP, ldx * 2);
+            _tile_zero(0);
+            _tile_loadd(6, weights[g & 1][0], 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_stored(0, parts[g & 1][0], 64);
+            if (panels == 2) {
+                _tile_zero(1);
+                _tile_loadd(7, weights[g & 1][1], 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_stored(1, parts[g & 1][1], 64);
+            }
+        }
+        if (g > 0)
+            UNROLL for (int p = 0; p < panels; p++) {
+                const long last = g - 1;
+                const uint16_t *scales = (const uint16_t *)(panel[p] + last * bytes + lines * 64);
+                __m512 scale = (__m512)load_half(scales);
+                UNROLL for (int r = 0; r < rows; r++)
+                    acc[r][p] = _mm512_fmadd_ps(scale, _mm512_load_ps(parts[last & 1][p] + r * PANEL), acc[r][p]);
+                if (type == INT4) {
+                    __m512 minimum = (__m512)load_half(scales + PANEL);
+                    UNROLL for (int r = 0; r < rows; r++)
+                        acc[r][p] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(sums[r * groups + last]), acc[r][p]);
+                }
+            }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int p = 0; p < panels; p++) _mm512_storeu_ps(out + r * 32 + p * PANEL, acc[r][p]);
+}
+
+// At most 16 rows times two quantized panels of one type; `wide`: the tiles have 16 rows, not 8.
+static void quantized_tiles(int wide, int type, const uint16_t *x, long ldx, const char *const *panel, long k, const float *sums,
+                            float *out) {
+    if (type == INT4 && !wide) group_tiles(8, 2, INT4, x, ldx, panel, k, sums, out);
+    else if (!wide) group_tiles(8, 2, INT8, x, ldx, panel, k, sums, out);
+    else
+        for (int p = 0; p < 2; p++)
+            if (type == INT4) group_tiles(16, 1, INT4, x, ldx, panel + p, k, sums, out + p * PANEL);
+            else group_tiles(16, 1, INT8, x, ldx, panel + p, k, sums, out + p * PANEL);
 }
 #endif
 
@@ -406,17 +472,22 @@ static void product_chunk(void *args, int chunk) {
 
 #if HAVE_TILES
     if (dot && run->rows >= TILE_ROWS && w->k % 32 == 0) {
-        tiles_begin();
+        const int kind = gate ? gate->type : w->type;
+        const int exact = !many && w->type == kind && (kind == INT4 || kind == INT8), wide = end - start > 8;
+        tiles_begin(exact && !wide ? 8 : 16);
         char *space = scratch(2 * room);
         for (int p = first; p < last; p += gate ? 1 : 2) {
-            int both = !gate && p + 1 < last;
-            const char *left = as_inputs(gate ? panel_at(gate, p) : panel_at(w, p), (gate ? gate : w)->type, w->k, 1, space);
-            const char *right = gate ? as_inputs(panel_at(w, p), w->type, w->k, 1, space + room)
-                                : both ? as_inputs(panel_at(w, p + 1), w->type, w->k, 1, space + room) : left;
-            for (int row = start; row < end; row += 32) {
-                int rows = end - row < 32 ? end - row : 32;
-                tiles((const uint16_t *)x + row * run->ldx, run->ldx, rows > 16, left, right, w->k, out[0]);
-                if (gate) finish(run, out[0] + 16, 32, row, rows, p, 1, out[0]);
+            const int both = !gate && p + 1 < last;
+            const char *pair[2] = {panel_at(gate ? gate : w, p), panel_at(w, p + both)};
+            if (!exact)
+                for (int i = 0; i < 2; i++) pair[i] = as_inputs(pair[i], i ? w->type : kind, w->k, 1, space + i * room);
+            for (int row = start, rows; row < end; row += rows) {
+                const int most = exact ? 16 : 32;
+                rows = end - row < most ? end - row : most;
+                const uint16_t *from = (const uint16_t *)x + row * run->ldx;
+                if (exact) quantized_tiles(wide, kind, from, run->ldx, pair, w->k, run->sums + row * (w->k / GROUP), out[0]);
+                else tiles(from, run->ldx, rows > 16, pair[0], pair[1], w->k, out[0]);
+                if (gate) finish(run, out[0] + PANEL, 32, row, rows, p, 1, out[0]);
                 else finish(run, out[0], 32, row, rows, p, 1 + both, NULL);
             }
         }
