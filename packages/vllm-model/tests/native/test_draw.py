@@ -14,7 +14,11 @@ def draw(kernels: CDLL, logits: torch.Tensor, temperature: float, seed: int = 0,
     """All rows alike."""
     rows = len(logits)
     return draw_tokens(
-        kernels, logits, np.full(rows, temperature, np.float32), np.full(rows, seed, np.int64), np.full(rows, position, np.int64)
+        kernels,
+        logits,
+        np.full(rows, temperature, np.float32),
+        np.full(rows, seed, np.int64),
+        np.full(rows, position, np.int64),
     ).tolist()
 
 
