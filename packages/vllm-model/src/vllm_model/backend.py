@@ -15,7 +15,7 @@ from vllm_model.kv_cache import PagedKvCache
 from vllm_model.loaders import LoadFormat, load_config, load_weights
 from vllm_model.machine import free_memory_bytes, usable_cores
 from vllm_model.model_config import ModelConfig
-from vllm_model.native import load_kernels
+from vllm_model.native import build, load_kernels
 from vllm_model.quantization import Quantization, Weight
 from vllm_model.verifier import Indices
 from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelBackend, ModelSpec
@@ -215,10 +215,10 @@ def load_backend(
     native = where.type == "cpu" and can_run_native(config, computed)
     if not native:
         if quantization in ("int8", "int4"):
-            raise ConfigError(
-                f"quantization {quantization!r} needs the compiled kernels of the CPU, which {path.name} in {dtype} on "
-                f"{where} does not run on: leave it out."
-            )
+            why = f", which {path.name} in {dtype} on {where} cannot use: leave it out."
+            if where.type == "cpu" and load_kernels() is None:
+                why = f"; there are none: install a C compiler and run `python {build.__file__}`, or leave it out."
+            raise ConfigError(f"quantization {quantization!r} needs the compiled kernels of the CPU{why}")
         quantization = "none"
     backend = _backend_class(config, where, computed)
     if kv_cache_dtype != "auto":

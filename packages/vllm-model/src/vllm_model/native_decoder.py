@@ -42,6 +42,7 @@ class NativeDecoder:
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 and kernels.has_dot() else torch.float32
         self._kernels = kernels
         self._kept: list[object] = []  # what the structures point to
+        self._cache: PagedKvCache | None = None  # likewise
         self.nbytes = 0
         embedding = self._packed([weights.pop("model.embed_tokens.weight")])[0]
         head = embedding if config.tie_word_embeddings else self._packed([weights.pop("lm_head.weight")])[0]
@@ -78,6 +79,7 @@ class NativeDecoder:
 
     def attach(self, cache: PagedKvCache, block_size: int) -> None:
         """Use this cache from now on, made for :meth:`stored_tokens` of ``block_size``; its order is the kernels' own."""
+        self._cache = cache
         self._struct.block_size, self._struct.panel_tokens = block_size, math.gcd(block_size, PANEL)
         for layer, tensor in zip(self._layers, cache.layers, strict=True):
             layer.cache = tensor.data_ptr()

@@ -412,6 +412,16 @@ int has_dot(void) { return HAVE_DOT; }
 // What build.py says the sources were.
 const char *sources(void) { return SOURCES; }
 
+// A forked child has none of the threads, and nobody who would release the locks.
+static void forget_threads(void) {
+    num_workers = 0;
+    num_asleep = 0;
+    step_lock = pool_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    pool_wake = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+}
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
+
 // Threads from now on, the caller of a step among them; 0, or -1 if the matrix unit is not ours to use.
 int set_threads(int num_threads) {
 #if HAVE_TILES && defined(__linux__)

@@ -498,7 +498,7 @@ static void product_chunk(void *args, int chunk) {
     char *space = many ? scratch(8 * room) : NULL;
     for (int p = first, step; p < last; p += step) {
         int block = end - start < MAX_ROWS ? end - start : MAX_ROWS;
-        step = panels_at_once(block, many ? F32 : w->type);
+        step = panels_at_once(block, many ? F32 : gate && gate->type > w->type ? gate->type : w->type);
         while (step > last - p) step /= 2;
         Block b[2] = {{.k = w->k, .out = out[0], .ldo = 64}, {.k = w->k, .out = out[1], .ldo = 64}};
         int type[2] = {w->type, gate ? gate->type : w->type};
