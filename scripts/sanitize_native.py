@@ -7,6 +7,7 @@
 
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,8 +37,8 @@ def run(sanitizer: str, folder: Path) -> int:
     package = shutil.copytree(PACKAGE, folder / sanitizer / "vllm_model", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if not runpy.run_path(str(package / "native" / "build.py"))["build"](options=("-g", "-O1", *FLAGS[sanitizer])):
         raise SystemExit("The compiler built nothing.")
-    compiler = os.environ.get("CC", "cc")
-    found = [subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in RUNTIMES[sanitizer]]
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    found = [subprocess.check_output([*compiler, f"-print-file-name={name}"], text=True).strip() for name in RUNTIMES[sanitizer]]
     paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | SETTINGS[sanitizer] | {"LD_PRELOAD": " ".join(found), "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS), "-k", LEFT_OUT[sanitizer]]
