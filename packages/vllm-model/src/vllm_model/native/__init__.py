@@ -147,7 +147,11 @@ def load_variant(name: str) -> ctypes.CDLL | None:
     path = library_path(name)
     if not _features() >= NEEDED[name] or not path.exists():
         return None
-    library = _typed(ctypes.CDLL(str(path)))
+    try:
+        library = _typed(ctypes.CDLL(str(path)))
+    except OSError as error:  # of another C library, or cut off
+        logger.warning("%s cannot be loaded and is not used: %s", path, error)
+        return None
     if library.sources().decode() != fingerprint():
         logger.warning("%s was built from other sources and is not used; `python %s` builds it anew.", path, build.__file__)
         return None
@@ -201,6 +205,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.product.argtypes = [POINTER(ProductStruct), c_int32, c_void_p, c_int32, c_void_p]
     library.draw.argtypes = [POINTER(DrawStruct)]
     library.draw.restype = None
+    library.release.restype = None
     library.sources.restype = ctypes.c_char_p
     library.pack.argtypes = [POINTER(PackingStruct)]
     library.pack.restype = None
@@ -247,13 +252,14 @@ class PackedWeight:
 
     def __call__(self, x: torch.Tensor, *, dot: bool) -> torch.Tensor:
         """float32 ``[rows, k]`` to float32 ``[rows, n]``; with ``dot`` inputs are rounded to bfloat16 first."""
+        assert x.shape[1] == self.struct.k
+        assert not (dot and self.struct.type == F32)
         x = x.float().contiguous()
         rows = len(x)
-        width = -(-self.struct.n // PANEL) * PANEL
-        out = torch.empty(-(-rows // 16) * 16, width)
+        out = torch.empty(rows, -(-self.struct.n // PANEL) * PANEL)
         if self._kernels.product(self.struct, dot, x.data_ptr(), rows, out.data_ptr()):
             raise BackendOutOfMemoryError(f"A product of {rows} rows ran out of memory.")
-        return out[:rows, : self.struct.n]
+        return out[:, : self.struct.n]
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
