@@ -58,7 +58,7 @@ def both(backend: Any, batch: Batch) -> dict[str, float]:
 
     def loose() -> None:
         with backend._device.running():
-            backend.steps._finisher.finish(batch, backend.steps.loose.run(batch)).result()
+            backend.steps._finisher.finish(batch, backend.steps.loose.run(batch, backend.steps._sampler.mode(batch))).result()
 
     return {"graph": milliseconds(lambda: backend.submit(batch).result()), "kernel by kernel": milliseconds(loose)}
 

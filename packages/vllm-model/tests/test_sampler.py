@@ -4,10 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_model.native import load_kernels
 from vllm_model.sampler import _filter, sample, token_logprobs
 from vllm_model.verifier import sampled_entries
 from vllm_traits import BatchState, SamplingParams
 from vllm_traits.conformance import batch_of
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test on the compiled kernels and on torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setattr("vllm_model.sampler.load_kernels", lambda: None)
+    elif load_kernels() is None:
+        pytest.skip("there are no compiled kernels")
 
 
 def draw(

@@ -1,7 +1,6 @@
 """The model behind the engine's protocol, in torch."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -14,8 +13,9 @@ from vllm_model.host_sampling import PIECE, sample_in_pieces, wanted_tokens
 from vllm_model.hub import resolve_model
 from vllm_model.kv_cache import PagedKvCache
 from vllm_model.loaders import LoadFormat, load_config, load_weights
+from vllm_model.machine import free_memory_bytes, usable_cores
 from vllm_model.model_config import ModelConfig
-from vllm_model.native import load_kernels
+from vllm_model.native import build, load_kernels
 from vllm_model.quantization import Quantization, Weight
 from vllm_model.verifier import Indices
 from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelBackend, ModelSpec
@@ -185,7 +185,7 @@ def load_backend(
         kv_cache_dtype: ``auto``: what is computed in; ``fp8`` or ``fp8_e4m3``: e4m3 with a scale a head, half the memory, in
             half precision on a CUDA device that knows it.
         seed: Of dummy weights.
-        num_threads: Of torch on the CPU; None: the cores that this process may use.
+        num_threads: On the CPU; None: the physical cores that this process may use.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -196,6 +196,8 @@ def load_backend(
         raise ConfigError(f"quantization is {quantization!r}; it must be one of {known}, or None: as the file stores it.")
     if not 0 < gpu_memory_utilization <= 1:
         raise ConfigError(f"gpu_memory_utilization is {gpu_memory_utilization}; it must be above 0 and at most 1.")
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError(f"num_threads is {num_threads}; it must be 1 or more.")
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}; it must be one of {', '.join(KV_CACHE_DTYPES)}.")
     path = resolve_model(model, revision=revision)
@@ -213,10 +215,10 @@ def load_backend(
     native = where.type == "cpu" and can_run_native(config, computed)
     if not native:
         if quantization in ("int8", "int4"):
-            raise ConfigError(
-                f"quantization {quantization!r} needs the compiled kernels of the CPU, which {path.name} in {dtype} on "
-                f"{where} does not run on: leave it out."
-            )
+            why = f", which {path.name} in {dtype} on {where} cannot use: leave it out."
+            if where.type == "cpu" and load_kernels() is None:
+                why = f"; there are none: install a C compiler and run `python {build.__file__}`, or leave it out."
+            raise ConfigError(f"quantization {quantization!r} needs the compiled kernels of the CPU{why}")
         quantization = "none"
     backend = _backend_class(config, where, computed)
     if kv_cache_dtype != "auto":
@@ -262,35 +264,6 @@ def can_run_native(config: ModelConfig, dtype: torch.dtype) -> bool:
     widths = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
     fits = config.head_dim % 16 == 0 and config.head_dim <= 256 and config.num_heads // config.num_kv_heads <= 64
     return fits and all(width % 16 == 0 for width in widths) and dtype in (torch.float32, torch.bfloat16)
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, and the share of a control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _read("/sys/fs/cgroup/cpu.max")
-    if quota is not None and not quota.startswith("max"):
-        limit, period = map(int, quota.split())
-        cores = min(cores, max(1, limit // period))
-    return cores
-
-
-def free_memory_bytes() -> int:
-    """Memory this process can still take: the machine's, or less if a control group limits it."""
-    meminfo = _read("/proc/meminfo")
-    if meminfo is None:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    free = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
-    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
-    if limit is not None and used is not None and limit != "max":
-        free = min(free, int(limit) - int(used))
-    return free
-
-
-def _read(path: str) -> str | None:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
 
 
 def _device(device: str) -> torch.device:

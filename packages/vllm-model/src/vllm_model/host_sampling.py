@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import torch
 
-from vllm_model.sampler import adjusts, sample, token_logprobs
+from vllm_model.sampler import sample, token_logprobs
 from vllm_model.verifier import Indices, accept_guesses, guess_table, sampled_entries
 from vllm_traits.batch import Batch, BatchOutput, TokenLogprobs
 from vllm_traits.sampling_params import SamplingParams
@@ -27,8 +27,8 @@ def scores_prompt(batch: Batch, row: int) -> bool:
     return params_of(batch, row).prompt_logprobs is not None and started
 
 
-def may_need_host(params: SamplingParams) -> bool:
-    """Whether :func:`needs_host` can ever be true for a request."""
+def is_special(params: SamplingParams) -> bool:
+    """Whether a request asks for more than temperature and filters: its logits changed, or reported on."""
     return (
         params.logprobs is not None
         or params.prompt_logprobs is not None
@@ -37,16 +37,6 @@ def may_need_host(params: SamplingParams) -> bool:
         or params.allowed_token_ids is not None
         or params.min_tokens > 0
     )
-
-
-def needs_host(batch: Batch, row: int) -> bool:
-    """Whether a row's logits must be adjusted or reported on, beyond temperature and filters."""
-    params, slot = params_of(batch, row), int(batch.slots[row])
-    num_tokens = int(batch.query_start[row + 1] - batch.query_start[row])
-    # The first entry is the shortest: what min_tokens holds back there may be free behind the guesses.
-    length = int(batch.num_computed[row]) + num_tokens - int(batch.num_draft[row])
-    sampled = bool(batch.sample[row]) and (params.logprobs is not None or adjusts(params, batch.state, slot, length))
-    return sampled or scores_prompt(batch, row)
 
 
 def wanted_tokens(batch: Batch) -> tuple[Indices, Indices]:

@@ -38,7 +38,7 @@ class LLM:
         speculative: Who guesses tokens ahead: a :class:`~vllm_model.SpeculativeConfig`, or what it is made of as a mapping or
             JSON, ``{"method": "ngram"}`` for one. The output is the same, it comes faster.
         skip_tokenizer_init: Token ids in, token ids out.
-        num_threads: On the CPU; None: the cores this process may use.
+        num_threads: On the CPU; None: the physical cores that this process may use.
         revision: Of a Hugging Face id.
 
     Raises:

@@ -42,6 +42,7 @@ class NativeDecoder:
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 and kernels.has_dot() else torch.float32
         self._kernels = kernels
         self._kept: list[object] = []  # what the structures point to
+        self._cache: PagedKvCache | None = None  # likewise
         self.nbytes = 0
         embedding = self._packed([weights.pop("model.embed_tokens.weight")])[0]
         head = embedding if config.tie_word_embeddings else self._packed([weights.pop("lm_head.weight")])[0]

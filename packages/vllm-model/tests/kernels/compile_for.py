@@ -10,9 +10,13 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from vllm_model.cuda.device import Device
+from vllm_model.cuda.logits_rows import LogitsRows
+from vllm_model.cuda.rows import DeviceRows
 from vllm_model.kernels import _launch, decode_plan
 from vllm_model.kernels.accept import accept
 from vllm_model.kernels.gemv import thin_linear
+from vllm_model.kernels.logprobs import token_logprobs
 from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
@@ -50,6 +54,8 @@ def attention(head_dim: int, fp8: bool) -> None:
     plan = decode_plan.DecodePlan(ROWS, HEADS, KV_HEADS, head_dim, "cpu", max_blocks=4)
     plan.update(rows, rows, tables)
     paged_decode(q, cache, plan, **scales)
+    few = decode_plan.DecodePlan(ROWS, HEADS, KV_HEADS, head_dim, "cpu", max_blocks=4, max_queries=9)
+    paged_decode(q, cache, few, queries=8, first_positions=ints[:4], **scales)
     paged_prefill(q, cache, tables, rows, ints, rows, **scales)
     workspace = PrefixWorkspace(ROWS, HEADS, head_dim, "cpu")
     attend_prefix(q, cache, tables, ints[:2], workspace, **scales)
@@ -67,9 +73,17 @@ def others() -> None:
     silu_mul(x)
     ints = torch.zeros(2, dtype=torch.int32)
     ones, filters = torch.ones(2), {"top_k": ints, "top_p": torch.ones(2), "min_p": torch.ones(2)}
-    accept(ints[:, None], ints[:, None], ints, ints, ints, ints)
     for options in ({}, filters):
         sample(x, ints, ints, ones, ints.long(), SamplerWorkspace(2, "cpu"), **options)
+    token_logprobs(x, ints, SamplerWorkspace(2, "cpu"))
+    accept(torch.zeros(2, 5, dtype=torch.int32), torch.zeros(2, 5, dtype=torch.int32), ints, ints, ints, ints)
+    device = Device(torch.device("cpu"))
+    rows = DeviceRows(device, 2, 4)
+    rows.begin(torch.zeros(5, 2, dtype=torch.int32), torch.zeros(4, 2, dtype=torch.int32))
+    rows.keep(ints, ints)
+    logits_rows = LogitsRows(device, 2, x.shape[1])
+    logits_rows.adjusted(x, ints, ints)
+    logits_rows.count(ints, ints)
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ class ServerConfig:
         choices=("none", "int8", "int4"),
     )
     device: str = _option("auto", MODEL, "auto, cpu, cuda or cuda:N")
-    num_threads: int | None = _option(None, MODEL, "CPU threads of the model; the cores this process may use if not given")
+    num_threads: int | None = _option(None, MODEL, "CPU threads of the model; the physical cores it may use if not given")
     chat_template: str | None = _option(None, MODEL, "a Jinja file in place of the model's own template")
     backend: str | None = _option(
         None, MODEL, "another backend: package.module:factory, called with the model's path, or the name of an entry point"

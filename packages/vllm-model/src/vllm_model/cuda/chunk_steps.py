@@ -5,10 +5,10 @@ import numpy as np
 import torch
 
 from vllm_model.cuda.device import Device, Graph
-from vllm_model.cuda.device_sampler import DeviceSampler
+from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import THIN_ROWS, Forward
-from vllm_model.cuda.rows import DeviceRows, sampling_mode
+from vllm_model.cuda.rows import DeviceRows
 from vllm_model.kernels.library_prefill import LEAST, padded
 from vllm_traits.batch import Batch
 
@@ -55,12 +55,12 @@ class ChunkSteps:
         kinds = (False, True) if self._has_prompt else (False,)
         return [self._capture(longest, as_prompt=kind) for kind in kinds]
 
-    def size_for(self, batch: Batch) -> int | None:
+    def size_for(self, batch: Batch, mode: Sampling) -> int | None:
         """Tokens of the graph that runs this step, if there is one."""
         if (batch.num_draft > 0).any() or 2 * batch.num_tokens <= self._sizes[0]:
             return None
         size = next((size for size in self._sizes if size >= batch.num_tokens), 0)
-        fits = size in self._graphs and sampling_mode(batch.state, batch.slots[batch.sample]) != "filtered"
+        fits = size in self._graphs and mode in (Sampling(), Sampling("greedy"))
         return size if fits else None
 
     def run(self, batch: Batch, size: int) -> torch.Tensor:
@@ -103,7 +103,7 @@ class ChunkSteps:
             token_ids = torch.where(tokens[0] < 0, last, tokens[0])
             keep = rows[3, :most].long()
             hidden = forward.layers(token_ids, tokens[1], tokens[2], attend, keep, room=size if as_prompt else 0)
-            drawn = self._sampler.draw(forward.logits(hidden), rows[4, :most], rows[5, :most], "plain")
+            drawn = self._sampler.draw(forward.logits(hidden), rows[4, :most], rows[5, :most], Sampling())
             self._rows.keep(drawn, rows[4, :most])
             return drawn
 

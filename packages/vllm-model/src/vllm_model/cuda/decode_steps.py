@@ -6,11 +6,11 @@ from collections.abc import Callable
 import torch
 
 from vllm_model.cuda.device import Device, Graph
-from vllm_model.cuda.device_sampler import DeviceSampler
+from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import Forward
 from vllm_model.cuda.plans import FEW_ROWS, DecodePlans
-from vllm_model.cuda.rows import DeviceRows, sampling_mode
+from vllm_model.cuda.rows import DeviceRows
 from vllm_model.cuda.shared_rows import SharedPrefix, SharedPrefixes
 from vllm_model.kernels._launch import power_of_two
 from vllm_model.kernels.shared_prefix import PREFIX_TILE, PrefixWorkspace, join_prefix
@@ -38,7 +38,7 @@ class DecodeSteps:
         self._device, self._forward, self._rows, self._sampler, self._plans = device, forward, rows, sampler, plans
         config, most = forward.config, rows.max_num_seqs
         self.sizes = [*(size for size in GRAPH_SIZES if size < most), most]
-        self.graphs: dict[tuple[int, str, bool], Graph] = {}
+        self.graphs: dict[tuple[int, Sampling, bool], Graph] = {}
         """By rows, mode of sampling, and whether a shared prefix is read apart."""
         self.prefixes = SharedPrefixes()
         self._can_share = plans.of(most).config.tile <= PREFIX_TILE
@@ -50,27 +50,26 @@ class DecodeSteps:
         """Launch what the steps need, for :meth:`Device.compile`."""
         first, last = self.sizes[0], self.sizes[-1]
         for size in sorted({first, *(min(size, last) for size in (2, 64, 128)), last}):
-            self._run(self._empty(size), size, "plain", False, torch.zeros)  # what is not launched leaves no token ids
+            self._run(self._empty(size), size, Sampling(), False, torch.zeros)  # what is not launched leaves no token ids
         if last > FEW_ROWS:
-            self._run(self._empty(last), last, "plain", True, torch.zeros)
+            self._run(self._empty(last), last, Sampling(), True, torch.zeros)
 
     def capture_all(self) -> None:
         """The graphs of all sizes, the largest first: the others fit into its memory."""
         for size in reversed(self.sizes):
-            self.graphs[size, "plain", False] = self._capture(size, "plain", False)
+            self.graphs[size, Sampling(), False] = self._capture(size, Sampling(), False)
 
     def capture_widest(self) -> list[Graph]:
         """The graphs that take the most memory, to be measured."""
-        return [self._capture(self.sizes[-1], mode, False) for mode in ("filtered", "plain")]
+        return [self._capture(self.sizes[-1], mode, False) for mode in (Sampling("filtered"), Sampling())]
 
     def capture_least(self) -> list[Graph]:
         """Some that take only what every graph does, to be measured after the widest."""
-        return [self._capture(self.sizes[0], "plain", False) for _ in range(LEAST_GRAPHS)]
+        return [self._capture(self.sizes[0], Sampling(), False) for _ in range(LEAST_GRAPHS)]
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Start a step: its tokens, int32 ``[rows or more]``."""
+    def run(self, batch: Batch, mode: Sampling) -> torch.Tensor:
+        """Start a step: what :meth:`DeviceSampler.keep` returns."""
         size = next(size for size in self.sizes if size >= batch.num_rows)
-        mode = sampling_mode(batch.state, batch.slots)
         prefix = self.prefixes.of(batch) if self._can_share else None
         if prefix is not None:  # few sizes, since each is captured on demand
             size = min(power_of_two(size), self.sizes[-1])
@@ -100,12 +99,12 @@ class DecodeSteps:
         staged[(FIELDS - 1) * size :] = 0
         return staged
 
-    def _capture(self, size: int, mode: str, shared: bool) -> Graph:
+    def _capture(self, size: int, mode: Sampling, shared: bool) -> Graph:
         staged = self._empty(size)
         return self._device.capture(staged, lambda: self._run(staged, size, mode, shared))
 
     def _run(
-        self, staged: torch.Tensor, size: int, mode: str, shared: bool, make: Callable[..., torch.Tensor] = torch.empty
+        self, staged: torch.Tensor, size: int, mode: Sampling, shared: bool, make: Callable[..., torch.Tensor] = torch.empty
     ) -> torch.Tensor:
         """Everything between the staged rows and the tokens, int32 ``[size]``."""
         forward, workspace, pdl = self._forward, self._prefix_workspace, self._device.pdl
@@ -124,6 +123,6 @@ class DecodeSteps:
             return out
 
         hidden = forward.layers(token_ids, positions, slots, attend)
-        tokens = self._sampler.draw(forward.logits(hidden), slots, positions + 1, mode)
-        self._rows.keep(tokens, slots)
-        return tokens
+        logits = forward.logits(hidden)
+        tokens = self._sampler.draw(logits, slots, positions + 1, mode)
+        return self._sampler.keep(logits, tokens, slots, mode)

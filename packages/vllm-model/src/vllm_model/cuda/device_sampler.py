@@ -1,10 +1,28 @@
+# mypy: disable-error-code="no-untyped-call"
 """Tokens from logits on the device, for rows by slot."""
+
+from typing import NamedTuple
 
 import torch
 
 from vllm_model.cuda.device import Device
-from vllm_model.cuda.rows import DeviceRows
+from vllm_model.cuda.logits_rows import LogitsRows
+from vllm_model.cuda.rows import DeviceRows, sampling_mode
+from vllm_model.kernels.logprobs import token_logprobs
 from vllm_model.kernels.sampling import SamplerWorkspace, sample
+from vllm_traits.batch import Batch
+from vllm_traits.sampling_params import MAX_LOGPROBS
+
+
+class Sampling(NamedTuple):
+    """What a step does with logits; a graph is of one such way."""
+
+    kind: str = "plain"
+    """Of :func:`~vllm_model.cuda.rows.sampling_mode`."""
+    adjusts: bool = False
+    """Penalties, bias, allowed and banned tokens are applied, and what is sampled is counted."""
+    reports: bool = False
+    """Log-probabilities come with the tokens."""
 
 
 class DeviceSampler:
@@ -13,28 +31,37 @@ class DeviceSampler:
     Args:
         device: Where.
         rows: Parameters by slot.
+        logits_rows: What changes logits, by slot.
         max_rows: Most rows drawn at once.
     """
 
-    def __init__(self, device: Device, rows: DeviceRows, max_rows: int) -> None:
+    def __init__(self, device: Device, rows: DeviceRows, logits_rows: LogitsRows, max_rows: int) -> None:
         self.max_rows = max_rows
-        self._rows, self._pdl = rows, device.pdl
+        self._rows, self._logits_rows, self._pdl = rows, logits_rows, device.pdl
         self._workspace = SamplerWorkspace(self.max_rows, device.device)
 
-    def draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, mode: str) -> torch.Tensor:
+    def mode(self, batch: Batch) -> Sampling:
+        """What a step must do."""
+        slots = batch.slots[batch.sample]
+        kind = sampling_mode(batch.state, slots)
+        return Sampling(kind, self._logits_rows.adjust(batch), bool((self._logits_rows.num_logprobs[slots] >= 0).any()))
+
+    def draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, mode: Sampling) -> torch.Tensor:
         """One token a row.
 
         Args:
             logits: ``[rows, vocab_size]``.
             slots: int32 ``[rows]``; -1: no token.
             positions: int32 ``[rows]``, of the tokens to be drawn.
-            mode: Of :func:`~vllm_model.cuda.rows.sampling_mode`.
+            mode: What to apply.
 
         Returns:
             int32 ``[rows]``.
         """
         rows = self._rows
-        filters = (rows.top_k, rows.top_p, rows.min_p) if mode == "filtered" else (None, None, None)
+        if mode.adjusts:
+            logits = self._logits_rows.adjusted(logits, slots, positions)
+        filters = (rows.top_k, rows.top_p, rows.min_p) if mode.kind == "filtered" else (None, None, None)
         return sample(
             logits,
             slots,
@@ -45,6 +72,25 @@ class DeviceSampler:
             top_k=filters[0],
             top_p=filters[1],
             min_p=filters[2],
-            greedy=mode == "greedy",
+            greedy=mode.kind == "greedy",
             pdl=self._pdl,
         )
+
+    def keep(self, logits: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor, mode: Sampling) -> torch.Tensor:
+        """Make what was drawn each slot's last token, at most one a slot.
+
+        Returns:
+            ``tokens``; if the step reports, int32 ``[rows, 3 + 2 * MAX_LOGPROBS]``: token, its log-probability, its rank, the
+            log-probabilities of the most likely tokens and these; what is float32 in its bits.
+        """
+        self._rows.keep(tokens, slots)
+        if mode.adjusts:
+            self._logits_rows.count(tokens, slots)
+        if not mode.reports:
+            return tokens
+        logprobs, ranks = token_logprobs(logits, tokens, self._workspace, pdl=self._pdl)
+        chosen = logits.gather(1, tokens.clamp(0, logits.shape[1] - 1).long()[:, None]).float()
+        top = logits.topk(min(MAX_LOGPROBS, logits.shape[1]), dim=-1)
+        values = top.values.float() - (chosen - logprobs[:, None])
+        own = (tokens[:, None], logprobs.view(torch.int32)[:, None], ranks[:, None])
+        return torch.cat((*own, values.view(torch.int32), top.indices.int()), dim=1)

@@ -1,12 +1,15 @@
 # mypy: disable-error-code="no-untyped-call"
 """How a step's tokens come back: into one of a few places in the host's memory, read once the event behind them has passed."""
 
+from collections.abc import Mapping
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_model.cuda.device import Device
 from vllm_model.cuda.rows import DeviceRows
-from vllm_traits.batch import Batch, BatchOutput
+from vllm_traits.batch import Batch, BatchOutput, TokenLogprobs
 from vllm_traits.errors import BackendError, BackendOutOfMemoryError
 
 RING = 4
@@ -22,11 +25,19 @@ class RunningStep:
         batch: The step.
         width: Tokens of a row.
         rows: What is told if it fails.
+        num_logprobs: By row, how many log-probabilities are wanted; None: the step reports none.
     """
 
     def __init__(
-        self, tokens: torch.Tensor, event: torch.cuda.Event | None, batch: Batch, width: int, rows: DeviceRows
+        self,
+        tokens: torch.Tensor,
+        event: torch.cuda.Event | None,
+        batch: Batch,
+        width: int,
+        rows: DeviceRows,
+        num_logprobs: Mapping[int, int] | None,
     ) -> None:
+        self._num_logprobs = num_logprobs
         self._tokens, self._event, self._width, self._rows = tokens, event, width, rows
         self._sample, self._slots = batch.sample, batch.slots
         self._most = int(batch.num_draft.max()) + 1
@@ -44,8 +55,20 @@ class RunningStep:
                 raise BackendOutOfMemoryError(f"A step ran out of device memory: {error}") from error
             raise BackendError(f"A step failed on the device: {error}") from error
         rows = len(self._sample)
-        tokens = self._tokens.numpy()[: rows * self._width].reshape(rows, self._width)[:, : self._most]
-        return BatchOutput(token_ids=np.where(self._sample[:, None], tokens, -1))
+        read = self._tokens.numpy()[: rows * self._width].reshape(rows, self._width)
+        token_ids = np.where(self._sample[:, None], read[:, : self._most], -1)
+        if self._num_logprobs is None:
+            return BatchOutput(token_ids=token_ids)
+        return BatchOutput(
+            token_ids=token_ids, logprobs={row: [_report(read[row], n)] for row, n in self._num_logprobs.items()}
+        )
+
+
+def _report(read: npt.NDArray[np.int32], num: int) -> TokenLogprobs:
+    """Of one row of what :meth:`DeviceSampler.keep` made."""
+    most = (len(read) - 3) // 2
+    floats, top = read.view(np.float32), read[3 + most :]
+    return TokenLogprobs([int(read[0]), *top[:num].tolist()], [float(floats[1]), *floats[3 : 3 + num].tolist()], int(read[2]))
 
 
 class Finisher:
@@ -62,9 +85,9 @@ class Finisher:
         self._ring = [device.pinned(room) for _ in range(RING)]
         self._turn = 0
 
-    def finish(self, batch: Batch, tokens: torch.Tensor) -> RunningStep:
-        """The step that has these tokens, int32 ``[rows or more, ...]``."""
+    def finish(self, batch: Batch, tokens: torch.Tensor, num_logprobs: Mapping[int, int] | None = None) -> RunningStep:
+        """The step that has these tokens, int32 ``[rows or more, ...]``, or what :meth:`DeviceSampler.keep` made of them."""
         ring, width = self._ring[self._turn % RING], tokens.numel() // len(tokens)
         self._turn += 1
         ring[: batch.num_rows * width].copy_(tokens[: batch.num_rows].flatten(), non_blocking=True)
-        return RunningStep(ring, self._device.mark(), batch, width, self._rows)
+        return RunningStep(ring, self._device.mark(), batch, width, self._rows, num_logprobs)

@@ -6,10 +6,10 @@ import numpy.typing as npt
 import torch
 
 from vllm_model.cuda.device import Device
-from vllm_model.cuda.device_sampler import DeviceSampler
+from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.forward import Forward
 from vllm_model.cuda.plans import DecodePlans
-from vllm_model.cuda.rows import DeviceRows, sampling_mode
+from vllm_model.cuda.rows import DeviceRows
 from vllm_model.host_sampling import PIECE, sample_in_pieces, wanted_tokens
 from vllm_model.kernels.library_prefill import LEAST, padded
 from vllm_model.sampler import token_logprobs
@@ -66,26 +66,25 @@ class LooseSteps:
 
         hidden = forward.layers(token_ids, positions, slots, attend, room=len(slots) if forward.has_library else 0)
         most = min(len(hidden), sampler.max_rows)
-        sampler.draw(forward.logits(hidden[:most]), slots[:most], positions[:most], "filtered")
+        sampler.draw(forward.logits(hidden[:most]), slots[:most], positions[:most], Sampling("filtered"))
         scored = hidden[:PIECE]
         token_logprobs(forward.logits(scored).float(), [0] * len(scored), MAX_LOGPROBS)
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Start a step: its tokens, int32 ``[rows]`` or, with guesses, ``[rows, width]``."""
+    def run(self, batch: Batch, mode: Sampling) -> torch.Tensor:
+        """Start a step: what :meth:`DeviceSampler.keep` returns or, with guesses, its tokens, int32 ``[rows, width]``."""
         entries = sampled_entries(batch)
         if entries.width > 1:
-            return self._verify(batch, entries)
+            return self._verify(batch, entries, mode)
         # Rows that do not sample have slot -1 here.
         slots, positions = self._device.send_aligned(
             np.where(batch.sample, batch.slots, -1), batch.num_computed + batch.query_lens
         )
         logits = self._forward.logits(self._hidden(batch))
-        tokens = self._sampler.draw(logits, slots, positions, sampling_mode(batch.state, batch.slots[batch.sample]))
-        self._rows.keep(tokens, slots)
-        return tokens
+        tokens = self._sampler.draw(logits, slots, positions, mode)
+        return self._sampler.keep(logits, tokens, slots, mode)
 
     def run_with_host(self, batch: Batch) -> CompletedStep:
-        """A step in which some row's logits need the host (penalties, biases, log-probabilities): not overlapped."""
+        """A step in which some row's logits need the host: not overlapped."""
         send, last_token = self._device.send, self._rows.last_token
         wanted, first = wanted_tokens(batch)
         hidden = self._hidden(batch, wanted)
@@ -100,18 +99,18 @@ class LooseSteps:
         rows = np.flatnonzero(batch.sample)
         if len(rows):
             newest = (output.token_ids[rows] >= 0).sum(axis=1) - 1
-            last_token[send(batch.slots[rows], np.int64)] = send(output.token_ids[rows, newest], np.int32)
+            slots, tokens = self._device.send_aligned(batch.slots[rows], output.token_ids[rows, newest])
+            self._sampler.keep(hidden, tokens, slots, Sampling(adjusts=True))
         self._device.synchronize()
         return CompletedStep(output)
 
-    def _verify(self, batch: Batch, entries: SampledEntries) -> torch.Tensor:
+    def _verify(self, batch: Batch, entries: SampledEntries, mode: Sampling) -> torch.Tensor:
         """A step with guesses: the tokens that stand, int32 ``[rows, width]``."""
         send, send_aligned, most = self._device.send, self._device.send_aligned, self._sampler.max_rows
         hidden = self._hidden(batch, entries.tokens)
         entry_slots = batch.slots[entries.rows]
         where = entries.rows * entries.width + entries.places
         slots, positions, places = send_aligned(entry_slots, entries.positions, where)
-        mode = sampling_mode(batch.state, entry_slots)
         sampled = torch.full((batch.num_rows, entries.width), -1, dtype=torch.int32, device=self._device.device)
         for start in range(0, len(entries), most):  # as many logits at once as a step without guesses has
             piece = slice(start, min(start + most, len(entries)))

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from vllm_model.cuda.device import Device
-from vllm_model.host_sampling import may_need_host
 from vllm_model.kernels._launch import launch, power_of_two
 from vllm_traits.batch import Batch, BatchState
 
@@ -53,7 +52,6 @@ class DeviceRows:
         temperature, top_p, min_p: float32 ``[slots]``.
         top_k: int32 ``[slots]``.
         seed: int64 ``[slots]``.
-        may_need_host: bool ``[slots]``, on the host: whether a step of the slot may need its logits there.
     """
 
     def __init__(self, device: Device, max_num_seqs: int, max_blocks: int) -> None:
@@ -66,7 +64,6 @@ class DeviceRows:
         self.temperature, self.top_p, self.min_p = self._floats
         self.top_k = torch.zeros(max_num_seqs, dtype=torch.int32, device=where)
         self.seed = torch.zeros(max_num_seqs, dtype=torch.int64, device=where)
-        self.may_need_host: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
         self._sent_blocks: npt.NDArray[np.int32] = np.zeros(max_num_seqs, np.int32)
         self._rows_block = power_of_two(max_num_seqs)
 
@@ -83,9 +80,6 @@ class DeviceRows:
         most = int(state.num_blocks[changed].max())
         self.tables[index, :most] = send(state.block_tables[changed, :most], np.int32)
         self._sent_blocks[changed] = state.num_blocks[changed]
-        for slot in changed.tolist():
-            params = state.params[slot]
-            self.may_need_host[slot] = params is not None and may_need_host(params)
 
     def forget(self, slots: npt.NDArray[np.int32]) -> None:
         """A step failed: what was sent for these may not have arrived, and goes again."""

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 
 from vllm_model.cuda.device import Device, Graph
-from vllm_model.cuda.device_sampler import DeviceSampler
+from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import Forward
 from vllm_model.cuda.plans import FEW_ROWS, DecodePlans
-from vllm_model.cuda.rows import DeviceRows, sampling_mode
+from vllm_model.cuda.rows import DeviceRows
 from vllm_model.kernels._launch import launch
 from vllm_model.kernels.accept import accept
 from vllm_traits.batch import Batch
@@ -63,7 +63,7 @@ class ShortSteps:
         most = rows.max_num_seqs
         self._sizes = [*(size for size in SIZES if size < most), most]
         self._widths = [width for width in WIDTHS if width <= plans.max_queries]
-        self.graphs: dict[tuple[int, int, str], Graph] = {}
+        self.graphs: dict[tuple[int, int, Sampling], Graph] = {}
         """By rows, width, and mode of sampling."""
         room = TOKEN_FIELDS * _up(sampler.max_rows) + ROW_FIELDS * _up(most)
         self._staging = [device.pinned(room) for _ in range(RING)]
@@ -74,7 +74,7 @@ class ShortSteps:
         for width in self._widths[:: len(self._widths) - 1 or 1]:
             for size in {1, min(FEW_ROWS + 1, self._rows.max_num_seqs)}:
                 if size * width <= self._sampler.max_rows:
-                    self._run(self._empty(size, width), size, width, "plain", torch.zeros)
+                    self._run(self._empty(size, width), size, width, Sampling(), torch.zeros)
 
     def shape_for(self, batch: Batch) -> tuple[int, int] | None:
         """Rows and width of the graph that runs this step, if there is one."""
@@ -83,9 +83,9 @@ class ShortSteps:
         size = next(size for size in self._sizes if size >= batch.num_rows)
         return (size, width) if width and size * width <= self._sampler.max_rows else None
 
-    def run(self, batch: Batch, shape: tuple[int, int]) -> torch.Tensor:
+    def run(self, batch: Batch, shape: tuple[int, int], mode: Sampling) -> torch.Tensor:
         """Start a step in the graph of that shape: its tokens, int32 ``[rows or more, width]``."""
-        key = (*shape, sampling_mode(batch.state, batch.slots[batch.sample]))
+        key = (*shape, mode)
         found = self.graphs.get(key)
         if found is None:
             staged = self._empty(*shape)
@@ -123,7 +123,7 @@ class ShortSteps:
         return staged
 
     def _run(
-        self, staged: torch.Tensor, size: int, width: int, mode: str, make: Callable[..., torch.Tensor] = torch.empty
+        self, staged: torch.Tensor, size: int, width: int, mode: Sampling, make: Callable[..., torch.Tensor] = torch.empty
     ) -> torch.Tensor:
         """Everything between what was sent and the accepted tokens, int32 ``[size, width]``."""
         forward, rows = self._forward, self._rows

@@ -9,15 +9,16 @@ from vllm_model.cuda.device_sampler import DeviceSampler
 from vllm_model.cuda.finish import Finisher, RunningStep
 from vllm_model.cuda.forward import Forward
 from vllm_model.cuda.kv_scales import measure_scales
+from vllm_model.cuda.logits_rows import LogitsRows
 from vllm_model.cuda.loose_steps import LooseSteps
 from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows
 from vllm_model.cuda.short_steps import ShortSteps
 from vllm_model.decoder import Decoder
-from vllm_model.host_sampling import needs_host
 from vllm_model.kv_cache import PagedKvCache
 from vllm_traits.backend import CompletedStep
 from vllm_traits.batch import Batch
+from vllm_traits.sampling_params import MAX_LOGPROBS
 
 GRAPHS_ON_DEMAND = 128
 """Room for so many graphs besides the widest: those of every size, and of other ways to sample as they come."""
@@ -53,14 +54,17 @@ class Steps:
     ) -> None:
         self._device = device
         self._rows = rows = DeviceRows(device, max_num_seqs, max_blocks)
-        sampler = DeviceSampler(device, rows, max(max_num_seqs, min(MOST_LOGITS, max_num_seqs * (1 + MAX_DRAFT_TOKENS))))
+        self._vocab_size: int = decoder.config.vocab_size
+        self._logits_rows = logits_rows = LogitsRows(device, max_num_seqs, self._vocab_size)
+        most_logits = max(max_num_seqs, min(MOST_LOGITS, max_num_seqs * (1 + MAX_DRAFT_TOKENS)))
+        self._sampler = sampler = DeviceSampler(device, rows, logits_rows, most_logits)
         self._forward = forward = Forward(device, decoder, cache, rows.tables)
         plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size, 1 + MAX_DRAFT_TOKENS)
         self.decode = DecodeSteps(device, forward, rows, sampler, plans)
         self.short = ShortSteps(device, forward, rows, sampler, plans)
         self.chunk = ChunkSteps(device, forward, rows, sampler, max_num_batched_tokens)
         self.loose = LooseSteps(device, forward, rows, sampler, plans, max_num_batched_tokens)
-        self._finisher = Finisher(device, rows, max_num_seqs * (1 + MAX_DRAFT_TOKENS))
+        self._finisher = Finisher(device, rows, max_num_seqs * max(1 + MAX_DRAFT_TOKENS, 3 + 2 * MAX_LOGPROBS))
 
     def prepare(self) -> None:
         """Compile and capture what steps need."""
@@ -79,7 +83,8 @@ class Steps:
         widest, _ = device.taken_by(lambda: graphs.extend(self.chunk.capture_widest() + self.decode.capture_widest()))
         few, _ = device.taken_by(self.decode.capture_least)
         more = few // LEAST_GRAPHS * GRAPHS_ON_DEMAND
-        return peak + widest + more + SPARE_BYTES
+        adjusted = 4 * self._sampler.max_rows * self._vocab_size  # a float32 copy of the logits, when some row wants it
+        return peak + widest + more + adjusted + SPARE_BYTES
 
     def run(self, batch: Batch) -> RunningStep | CompletedStep:
         """Start a step. If it cannot be, what it sent goes again with the next."""
@@ -93,14 +98,21 @@ class Steps:
         if len(batch.changed_slots):
             self.decode.prefixes.forget()
             self._rows.send_changes(batch)
-        may_need_host: np.bool_ = self._rows.may_need_host[batch.slots].any()
-        if may_need_host and any(needs_host(batch, row) for row in range(batch.num_rows)):
+            self._logits_rows.send_changes(batch)
+        self._logits_rows.send_histories(batch)
+        if self._logits_rows.need_host(batch):
             return self.loose.run_with_host(batch)
+        mode, finish = self._sampler.mode(batch), self._finisher.finish
+        num_logprobs = None
+        if mode.reports:
+            wanted = self._logits_rows.num_logprobs[batch.slots]
+            num_logprobs = {row: int(wanted[row]) for row in np.flatnonzero((wanted >= 0) & batch.sample).tolist()}
         if batch.num_tokens == batch.num_rows:  # so there are no guesses
-            return self._finisher.finish(batch, self.decode.run(batch))
+            return finish(batch, self.decode.run(batch, mode), num_logprobs)
         shape = self.short.shape_for(batch)
-        if shape is not None:
-            return self._finisher.finish(batch, self.short.run(batch, shape))
-        size = self.chunk.size_for(batch)
-        tokens = self.loose.run(batch) if size is None else self.chunk.run(batch, size)
-        return self._finisher.finish(batch, tokens)
+        if shape is not None and not mode.reports and not self._logits_rows.are_penalised(batch):
+            return finish(batch, self.short.run(batch, shape, mode))
+        size = self.chunk.size_for(batch, mode)
+        if size is not None:
+            return finish(batch, self.chunk.run(batch, size))
+        return finish(batch, self.loose.run(batch, mode), num_logprobs)

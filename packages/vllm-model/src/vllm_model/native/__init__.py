@@ -148,14 +148,21 @@ def load_variant(name: str) -> ctypes.CDLL | None:
     if not _features() >= NEEDED[name] or not path.exists():
         return None
     try:
-        library = _typed(ctypes.CDLL(str(path)))
-    except OSError as error:  # of another C library, or cut off
-        logger.warning("%s cannot be loaded and is not used: %s", path, error)
+        library = ctypes.CDLL(str(path))
+        library.sources.restype = ctypes.c_char_p
+        current = library.sources().decode() == fingerprint()
+    except (OSError, AttributeError):  # damaged, or older than that function
+        current = False
+    if not current:
+        _warn_of_other_sources()
         return None
-    if library.sources().decode() != fingerprint():
-        logger.warning("%s was built from other sources and is not used; `python %s` builds it anew.", path, build.__file__)
-        return None
-    return library if library.set_threads(1) == 0 else None
+    return library if _typed(library).set_threads(1) == 0 else None
+
+
+@cache
+def _warn_of_other_sources() -> None:
+    """Once, for all variants."""
+    logger.warning("The compiled kernels are of other sources and are not used; `python %s` builds them anew.", build.__file__)
 
 
 def draw_tokens(
@@ -206,7 +213,6 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.draw.argtypes = [POINTER(DrawStruct)]
     library.draw.restype = None
     library.release.restype = None
-    library.sources.restype = ctypes.c_char_p
     library.pack.argtypes = [POINTER(PackingStruct)]
     library.pack.restype = None
     library.packed_bytes.argtypes = [c_int32, c_int64, c_int64]

@@ -115,13 +115,14 @@ static void change_threads(int num_threads) {
     pthread_attr_destroy(&attributes);
 }
 
-// A child of fork has none of the threads, and locks as they were.
-static void after_fork(void) {
+// A forked child has none of the threads, and nobody who would release the locks.
+static void forget_threads(void) {
     num_workers = num_asleep = 0;
     step_lock = pool_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     pool_wake = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
 }
-__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, after_fork); }
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
 
 #ifdef PROFILE
 // Nanoseconds spent in phases of each name since the library was loaded; printed at exit.
