@@ -218,6 +218,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.product.argtypes = [POINTER(ProductStruct), c_int32, c_void_p, c_int32, c_void_p]
     library.draw.argtypes = [POINTER(DrawStruct)]
     library.draw.restype = None
+    library.release.restype = None
     library.pack.argtypes = [POINTER(PackingStruct)]
     library.pack.restype = None
     library.packed_bytes.argtypes = [c_int32, c_int64, c_int64]
@@ -263,13 +264,14 @@ class PackedWeight:
 
     def __call__(self, x: torch.Tensor, *, dot: bool) -> torch.Tensor:
         """float32 ``[rows, k]`` to float32 ``[rows, n]``; with ``dot`` inputs are rounded to bfloat16 first."""
+        assert x.shape[1] == self.struct.k
+        assert not (dot and self.struct.type == F32)
         x = x.float().contiguous()
         rows = len(x)
-        width = -(-self.struct.n // PANEL) * PANEL
-        out = torch.empty(-(-rows // 16) * 16, width)
+        out = torch.empty(rows, -(-self.struct.n // PANEL) * PANEL)
         if self._kernels.product(self.struct, dot, x.data_ptr(), rows, out.data_ptr()):
             raise BackendOutOfMemoryError(f"A product of {rows} rows ran out of memory.")
-        return out[:rows, : self.struct.n]
+        return out[:, : self.struct.n]
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
