@@ -38,7 +38,9 @@ def run(sanitizer: str, folder: Path) -> int:
     if not runpy.run_path(str(package / "native" / "build.py"))["build"](options=("-g", "-O1", *FLAGS[sanitizer])):
         raise SystemExit("The compiler built nothing.")
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    found = [subprocess.check_output([*compiler, f"-print-file-name={name}"], text=True).strip() for name in RUNTIMES[sanitizer]]
+    found = [
+        subprocess.check_output([*compiler, f"-print-file-name={name}"], text=True).strip() for name in RUNTIMES[sanitizer]
+    ]
     paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | SETTINGS[sanitizer] | {"LD_PRELOAD": " ".join(found), "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS), "-k", LEFT_OUT[sanitizer]]
