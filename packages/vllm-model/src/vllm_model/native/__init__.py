@@ -18,7 +18,7 @@ from vllm_model.native import build
 from vllm_model.native.build import VARIANTS, fingerprint, library_path, machine
 from vllm_model.quantization import GROUP, QuantizedTensor, Weight
 from vllm_traits.batch import FloatArray, LongArray
-from vllm_traits.errors import BackendOutOfMemoryError
+from vllm_traits.errors import BackendOutOfMemoryError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +133,17 @@ def load_kernels() -> ctypes.CDLL | None:
     """The fastest variant that is built and that this processor runs; None: there is none.
 
     ``VLLM_CPU_ISA`` names the fastest one to consider, or ``none``.
+
+    Raises:
+        ConfigError: It names another.
     """
     names = list(VARIANTS.get(machine(), {}))
     most = os.environ.get("VLLM_CPU_ISA")
     if most is not None:
-        names = names[names.index(most) :] if most in names else []
+        known = [*names, "none"]
+        if most not in known:
+            raise ConfigError(f"VLLM_CPU_ISA is {most!r}; on this machine it must be one of {', '.join(known)}.")
+        names = names[known.index(most) :]
     return next((kernels for kernels in map(load_variant, names) if kernels is not None), None)
 
 
