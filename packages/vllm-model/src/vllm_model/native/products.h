@@ -379,7 +379,7 @@ INLINE void finish(const Run *run, const float *out, long ldo, int row, int rows
             }
 }
 
-#define UNPACKED 4  // panels that a thread unpacks at once, as floats
+#define UNPACKED 4  // panels that a thread unpacks at once, at most as floats: two of each weight
 
 INLINE size_t sums_bytes(long k) { return (FEW_ROWS * (k / GROUP) * 4 + 63) / 64 * 64; }
 
