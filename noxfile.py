@@ -105,6 +105,13 @@ def mutation(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def sanitize(session: nox.Session) -> None:
+    """The CPU kernels' tests under gcc's sanitizers, 3 minutes; ``-- address`` or ``-- thread`` (not run by default)."""
+    _install(session, "model", *_group("test"))
+    session.run("python", "scripts/sanitize_native.py", *session.posargs)
+
+
+@nox.session(default=False)
 def wheels(session: nox.Session) -> None:
     """Build the four wheels into dist/ (not run by default)."""
     for name in LAYERS:

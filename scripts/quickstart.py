@@ -89,8 +89,11 @@ def _requirements(group: str) -> list[str]:
 
 
 def _fingerprint(group: str) -> str:
-    """Changes with whatever decides what is installed."""
+    """Changes with whatever decides what is installed, and with the C sources, which an installation compiles."""
     files = [ROOT / "packages" / package / "pyproject.toml" for package in PACKAGES]
+    model = ROOT / "packages" / "vllm-model"
+    native = sorted((model / "src" / "vllm_model" / "native").glob("*"))
+    files += [model / "hatch_build.py", *(file for file in native if file.suffix in (".c", ".h") or file.name == "build.py")]
     versions = [ROOT / "packages" / package / "src" / package.replace("-", "_") / "__init__.py" for package in PACKAGES]
     lines = [line for file in versions for line in file.read_text().splitlines() if line.startswith("__version__")]
     content = "\n".join([sys.version, TORCH, *_requirements(group), *(file.read_text() for file in files), *lines])

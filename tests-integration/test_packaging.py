@@ -3,6 +3,8 @@
 import importlib
 import importlib.metadata
 import itertools
+import runpy
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -55,3 +57,18 @@ def test_one_version_and_sibling_pins() -> None:
 def test_every_package_is_described_alike() -> None:
     fields = ("readme", "license", "requires-python", "classifiers")
     assert len({repr([project(package)[field] for field in fields]) for package in PACKAGES}) == 1
+
+
+@pytest.mark.parametrize(
+    "changed", ["src/vllm_model/native/products.h", "src/vllm_model/native/build.py", "hatch_build.py", None]
+)
+def test_the_quick_start_installs_anew_what_it_compiles(changed: str | None, tmp_path: Path) -> None:
+    fingerprint = runpy.run_path(str(ROOT / "scripts" / "quickstart.py"))["_fingerprint"]
+    before = fingerprint("test")
+    shutil.copytree(ROOT / "packages", tmp_path / "packages", ignore=shutil.ignore_patterns("tests", "*.so"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    fingerprint.__globals__["ROOT"] = tmp_path
+    if changed is not None:
+        with (tmp_path / "packages" / "vllm-model" / changed).open("a") as file:
+            file.write("\n")
+    assert (fingerprint("test") == before) == (changed is None)

@@ -1,13 +1,17 @@
 """The four wheels build, install into a fresh environment without this repository, and work there."""
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from vllm_model.native.build import VARIANTS, library_path, machine
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("vllm-traits", "vllm-core", "vllm-model", "vllm-server")
@@ -25,6 +29,9 @@ while engine.has_unfinished_requests():
     tokens = list(engine.step()[0].outputs[0].token_ids)
 assert tokens == expected_tokens([1, 2, 3], 8, 256)
 from vllm_model import LLM
+from vllm_model.native import load_kernels
+from vllm_model.native.build import VARIANTS, library_path, machine
+assert (load_kernels() is not None) == any(library_path(name).exists() for name in VARIANTS.get(machine(), ()))
 llm = LLM("default", max_model_len=256)
 answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0, max_tokens=16))
 print(answer[0].outputs[0].text)
@@ -48,6 +55,19 @@ def test_a_wheel_holds_its_package_and_no_tests(wheels: Path) -> None:
             files = archive.namelist()
         assert f"{package}/py.typed" in files
         assert all(file.split("/")[0] == package or ".dist-info/" in file for file in files)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="there is no C compiler")
+def test_the_models_wheel_carries_the_kernels_for_this_platform_and_every_python(wheels: Path) -> None:
+    assert sorted(wheel.stem.split("-", 2)[2] == "py3-none-any" for wheel in wheels.glob("*.whl")) == [False, True, True, True]
+    (wheel,) = wheels.glob("vllm_model-*.whl")
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.stem.endswith(f"-py3-none-{platform}")
+    with zipfile.ZipFile(wheel) as archive:
+        files = archive.namelist()
+    libraries = {file.rpartition("/")[2] for file in files if file.endswith(".so")}
+    assert libraries == {library_path(name).name for name in VARIANTS[machine()]}
+    assert "vllm_model/native/decoder.c" in files  # its fingerprint says whether the libraries are current
 
 
 def test_the_wheels_work_in_a_fresh_environment(wheels: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def test_defaults() -> None:
 def test_precedence(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     file.write_text('port = 1\nmax_num_seqs = 1\nseed = 1\napi_key = ["a"]\nshutdown_timeout = 3\n')
-    environment = {"VLLM_PORT": "2", "VLLM_MAX_NUM_SEQS": "2", "VLLM_CACHE_ROOT": "/x", "HOME": "/h"}
+    environment = {"VLLM_PORT": "2", "VLLM_MAX_NUM_SEQS": "2", "VLLM_CACHE_ROOT": "/x", "VLLM_CPU_ISA": "avx2", "HOME": "/h"}
     config = parse_config(["serve", "m", "--config", str(file), "--port", "3"], environment, "1")
     assert (config.model, config.port, config.max_num_seqs, config.seed) == ("m", 3, 2, 1)
     assert config.api_key == ["a"]

@@ -262,6 +262,7 @@ def can_run_native(config: ModelConfig, dtype: torch.dtype) -> bool:
     if load_kernels() is None:
         return False
     widths = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+    # MOST_HEAD_DIM and MOST_QUERY_ROWS of native/attention.h; sixteen outputs are a panel.
     fits = config.head_dim % 16 == 0 and config.head_dim <= 256 and config.num_heads // config.num_kv_heads <= 64
     return fits and all(width % 16 == 0 for width in widths) and dtype in (torch.float32, torch.bfloat16)
 

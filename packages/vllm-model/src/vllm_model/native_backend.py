@@ -24,6 +24,8 @@ class NativeBackend(TorchBackend):
         self.dtype = self._native.dtype
 
     def close(self) -> None:
+        if self._native is not None:
+            self._native.release()
         self._native = self._cache = None
 
     def _stored_tokens(self, block_size: int) -> int:

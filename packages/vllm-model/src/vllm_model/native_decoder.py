@@ -79,8 +79,8 @@ class NativeDecoder:
 
     def attach(self, cache: PagedKvCache, block_size: int) -> None:
         """Use this cache from now on, made for :meth:`stored_tokens` of ``block_size``; its order is the kernels' own."""
-        self._cache = cache
         self._struct.block_size, self._struct.panel_tokens = block_size, math.gcd(block_size, PANEL)
+        self._cache = cache  # even a step that runs while the backend is closed writes to it
         for layer, tensor in zip(self._layers, cache.layers, strict=True):
             layer.cache = tensor.data_ptr()
 
@@ -92,18 +92,20 @@ class NativeDecoder:
         """
         out = torch.empty(len(wanted), self.config.hidden_size)
         everything = len(wanted) == batch.num_tokens
+        assert 0 <= batch.token_ids.min() <= batch.token_ids.max() < self.config.vocab_size
         wanted = np.ascontiguousarray(wanted, np.int64)
-        tables = batch.state.block_tables
+        arrays = (batch.token_ids, batch.query_start, batch.num_computed, batch.slots, batch.state.block_tables)
+        token_ids, query_start, num_computed, slots, tables = (np.ascontiguousarray(array, np.int32) for array in arrays)
         step = StepStruct(
             num_tokens=batch.num_tokens,
             num_rows=batch.num_rows,
             num_wanted=len(wanted),
-            token_ids=batch.token_ids.ctypes.data,
-            query_start=batch.query_start.ctypes.data,
-            num_computed=batch.num_computed.ctypes.data,
-            slots=batch.slots.ctypes.data,
+            token_ids=token_ids.ctypes.data,
+            query_start=query_start.ctypes.data,
+            num_computed=num_computed.ctypes.data,
+            slots=slots.ctypes.data,
             tables=tables.ctypes.data,
-            table_stride=tables.strides[0] // 4,
+            table_stride=tables.shape[1],
             wanted=None if everything else wanted.ctypes.data,
             hidden=out.data_ptr(),
         )
@@ -114,6 +116,10 @@ class NativeDecoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of hidden states: float32 ``[rows, vocab_size]``."""
         return self._head(hidden, dot=bool(self._struct.dot))
+
+    def release(self) -> None:
+        """Give back the memory that steps have kept for the next ones; another step takes it anew."""
+        self._kernels.release()
 
     def _layer(self, weights: dict[str, Weight], prefix: str) -> LayerStruct:
         def named(*names: str) -> list[PackedWeight]:
@@ -168,5 +174,5 @@ def _joined(parts: list[Weight]) -> Weight | None:
     floats = [part for part in parts if isinstance(part, torch.Tensor)]
     quantized = [part for part in parts if isinstance(part, QuantizedTensor)]
     if not quantized:
-        return torch.cat(floats)
+        return floats[0] if len(floats) == 1 else torch.cat(floats)
     return concatenated(quantized) if not floats and len({part.bits for part in quantized}) == 1 else None

@@ -97,6 +97,13 @@ def test_the_same_tokens_on_every_set_of_instructions(folder: Path) -> None:
         assert json.loads(run(TOKENS, str(folder), VLLM_CPU_ISA="avx2")) == ["NativeBackend", tokens]
 
 
+@pytest.mark.usefixtures("anew")
+def test_an_unknown_set_of_instructions_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_ISA", "avx-2")
+    with pytest.raises(ConfigError, match=r"VLLM_CPU_ISA is 'avx-2'; .* one of .*none"):
+        load_backend(folder)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited and read the Linux way")
 def test_out_of_memory_ends_a_step_and_not_the_next(random_model: Callable[..., tuple[Path, Any]]) -> None:
     needs_kernels()

@@ -13,8 +13,9 @@ import msgspec
 from vllm_model import SpeculativeConfig
 from vllm_traits.errors import ConfigError
 
-OTHER_VARIABLES = frozenset({"VLLM_CACHE_ROOT", "VLLM_VENV"})
-"""Known variables that are no setting of the server: the cache folder, the quick start's environment."""
+OTHER_VARIABLES = frozenset({"VLLM_CACHE_ROOT", "VLLM_CPU_ISA", "VLLM_VENV"})
+"""Known variables that are no setting of the server: the cache folder, the compiled kernels to use, the quick start's
+environment."""
 MODEL, ENGINE, SERVER = "Model", "Engine", "Server"
 
 

@@ -18,7 +18,7 @@ from vllm_model.native import build
 from vllm_model.native.build import VARIANTS, fingerprint, library_path, machine
 from vllm_model.quantization import GROUP, QuantizedTensor, Weight
 from vllm_traits.batch import FloatArray, LongArray
-from vllm_traits.errors import BackendOutOfMemoryError
+from vllm_traits.errors import BackendOutOfMemoryError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +133,17 @@ def load_kernels() -> ctypes.CDLL | None:
     """The fastest variant that is built and that this processor runs; None: there is none.
 
     ``VLLM_CPU_ISA`` names the fastest one to consider, or ``none``.
+
+    Raises:
+        ConfigError: It names another.
     """
     names = list(VARIANTS.get(machine(), {}))
     most = os.environ.get("VLLM_CPU_ISA")
     if most is not None:
-        names = names[names.index(most) :] if most in names else []
+        known = [*names, "none"]
+        if most not in known:
+            raise ConfigError(f"VLLM_CPU_ISA is {most!r}; on this machine it must be one of {', '.join(known)}.")
+        names = names[known.index(most) :]
     return next((kernels for kernels in map(load_variant, names) if kernels is not None), None)
 
 
@@ -212,6 +218,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.product.argtypes = [POINTER(ProductStruct), c_int32, c_void_p, c_int32, c_void_p]
     library.draw.argtypes = [POINTER(DrawStruct)]
     library.draw.restype = None
+    library.release.restype = None
     library.pack.argtypes = [POINTER(PackingStruct)]
     library.pack.restype = None
     library.packed_bytes.argtypes = [c_int32, c_int64, c_int64]
@@ -257,13 +264,14 @@ class PackedWeight:
 
     def __call__(self, x: torch.Tensor, *, dot: bool) -> torch.Tensor:
         """float32 ``[rows, k]`` to float32 ``[rows, n]``; with ``dot`` inputs are rounded to bfloat16 first."""
+        assert x.shape[1] == self.struct.k
+        assert not (dot and self.struct.type == F32)
         x = x.float().contiguous()
         rows = len(x)
-        width = -(-self.struct.n // PANEL) * PANEL
-        out = torch.empty(-(-rows // 16) * 16, width)
+        out = torch.empty(rows, -(-self.struct.n // PANEL) * PANEL)
         if self._kernels.product(self.struct, dot, x.data_ptr(), rows, out.data_ptr()):
             raise BackendOutOfMemoryError(f"A product of {rows} rows ran out of memory.")
-        return out[:rows, : self.struct.n]
+        return out[:, : self.struct.n]
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

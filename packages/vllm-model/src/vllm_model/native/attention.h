@@ -65,7 +65,9 @@ static void weigh_values(int rows, int panels, int dot, const Block *b) {
 static void attend(const Attention *a, const Item *item) {
     const int dot = a->dot, dim = a->head_dim, group = a->heads / a->kv_heads, rows = item->count * group;
     const int width = element_bytes(dot);
-    char q[MOST_QUERY_ROWS * MOST_HEAD_DIM * 4], weights[MOST_QUERY_ROWS * KEYS_AT_ONCE * 4];
+    float q_room[MOST_QUERY_ROWS * MOST_HEAD_DIM] __attribute__((aligned(64)));  // floats or bfloat16, as the weights
+    float weights_room[MOST_QUERY_ROWS * KEYS_AT_ONCE] __attribute__((aligned(64)));
+    char *q = (char *)q_room, *weights = (char *)weights_room;
     float scores[MOST_QUERY_ROWS * KEYS_AT_ONCE] __attribute__((aligned(64)));
     float sums[MOST_QUERY_ROWS * MOST_HEAD_DIM] __attribute__((aligned(64)));
     float most[MOST_QUERY_ROWS], total[MOST_QUERY_ROWS];

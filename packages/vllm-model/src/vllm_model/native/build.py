@@ -7,6 +7,7 @@ compiler nothing is built, and the model runs on torch's own operations.
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,15 +46,15 @@ def fingerprint() -> str:
 
 def build(folder: Path = HERE, options: tuple[str, ...] = ()) -> list[Path]:
     """Compile what this machine's compiler can, in parallel; returns what there is now."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or sys.platform not in ("linux", "darwin"):
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not compiler or shutil.which(compiler[0]) is None or sys.platform not in ("linux", "darwin"):
         return []
     running = {}
     for variant, flags in VARIANTS.get(machine(), {}).items():
         path = library_path(variant, folder)
-        part = path.with_suffix(f".{os.getpid()}")  # so that a program that runs keeps the file it has loaded
+        part = path.with_suffix(f".{os.getpid()}.so")  # so that a program that runs keeps the file it has loaded
         named = f'-DSOURCES="{fingerprint()}"'
-        command = [compiler, *OPTIONS, *flags, *options, named, str(HERE / "decoder.c"), "-o", str(part), "-lm", "-lpthread"]
+        command = [*compiler, *OPTIONS, *flags, *options, named, str(HERE / "decoder.c"), "-o", str(part), "-lm", "-lpthread"]
         running[path] = part, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # noqa: S603 - our own sources
     built = []
     for path, (part, process) in running.items():

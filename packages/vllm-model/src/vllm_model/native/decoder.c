@@ -1,5 +1,7 @@
 // A step of a decoder on the CPU: embedding, layers, last norm; and logits. Called through ctypes by native/__init__.py, which
 // holds the same structures. All numbers between products are floats; only what products and the cache take is rounded.
+#include <stdlib.h>
+
 #include "attention.h"
 #include "sampling.h"
 
@@ -41,7 +43,7 @@ typedef struct {
     float *hidden;               // [num_wanted, hidden]
 } Step;
 
-// What lives through a step. One step at a time runs in a process.
+// What lives through a step.
 typedef struct {
     const Decoder *decoder;
     const Step *step;
@@ -49,15 +51,16 @@ typedef struct {
     const float *norm_weight;
     int rows;  // of `residual` that are still wanted
     long ld_x, ld_qkv, ld_wide;
-    float *residual, *qkv, *sums;
+    float *residual, *qkv;
     void *x, *q, *attended, *wide;
+    char *room;  // of products
     int32_t *positions, *row_of;
     Item *items;
     int num_items, num_split;
     Attention attention;
 } Work;
 
-static pthread_mutex_t step_lock = PTHREAD_MUTEX_INITIALIZER;
+// Memory of the largest step so far, kept for the next; under step_lock.
 static char *arena;
 static size_t arena_size;
 
@@ -215,14 +218,14 @@ static int span_of(const Decoder *d, const Step *step) {
     return span < 256 ? 256 : span;
 }
 
-static void *take(char **at, size_t bytes) {
-    void *here = *at;
-    if (*at || !arena) *at += (bytes + 63) / 64 * 64;
+static void *take(char *base, size_t *used, size_t bytes) {
+    void *here = base ? base + *used : NULL;
+    *used += (bytes + 63) / 64 * 64;
     return here;
 }
 
-// Lay out the arena; with arena NULL the size comes out.
-static size_t lay_out(Work *work, int num_partials) {
+// Put everything into the memory at `base`; returns how much it takes, which is all that comes out if `base` is NULL.
+static size_t lay_out(Work *work, char *base, int num_partials) {
     const Decoder *d = work->decoder;
     const long rows = padded(work->step->num_tokens), width = d->dot ? 2 : 4, all = (long)d->heads * d->head_dim;
     long most = d->hidden > d->intermediate ? d->hidden : d->intermediate;
@@ -230,19 +233,19 @@ static size_t lay_out(Work *work, int num_partials) {
     work->ld_x = padded(d->hidden);
     work->ld_qkv = all + 2L * d->kv_heads * d->head_dim;
     work->ld_wide = padded(d->intermediate);
-    char *at = arena;
-    work->residual = take(&at, rows * padded(d->hidden) * 4);
-    work->x = take(&at, rows * work->ld_x * width);
-    work->qkv = take(&at, rows * work->ld_qkv * 4);
-    work->q = take(&at, rows * all * width);
-    work->attended = take(&at, rows * all * width);
-    work->wide = take(&at, rows * work->ld_wide * width);
-    work->sums = take(&at, FEW_ROWS * (most / GROUP + 1) * 4);
-    work->positions = take(&at, rows * 4);
-    work->row_of = take(&at, rows * 4);
-    work->items = take(&at, (size_t)(work->num_items + 1) * sizeof(Item));
-    work->attention.partial = take(&at, (size_t)num_partials * MOST_QUERY_ROWS * (d->head_dim + 2) * 4);
-    return (size_t)(at - arena) + 64;
+    size_t used = 0;
+    work->residual = take(base, &used, rows * padded(d->hidden) * 4);
+    work->x = take(base, &used, rows * work->ld_x * width);
+    work->qkv = take(base, &used, rows * work->ld_qkv * 4);
+    work->q = take(base, &used, rows * all * width);
+    work->attended = take(base, &used, rows * all * width);
+    work->wide = take(base, &used, rows * work->ld_wide * width);
+    work->room = take(base, &used, room_bytes(most));
+    work->positions = take(base, &used, rows * 4);
+    work->row_of = take(base, &used, rows * 4);
+    work->items = take(base, &used, (size_t)(work->num_items + 1) * sizeof(Item));
+    work->attention.partial = take(base, &used, (size_t)num_partials * MOST_QUERY_ROWS * (d->head_dim + 2) * 4);
+    return used;
 }
 
 static int reserve(size_t bytes) {
@@ -266,7 +269,7 @@ static void run_layer(Work *work, int last) {
     norm(work, layer->input_norm);
     for (long i = 0, at = 0; i < layer->num_qkv; at += layer->qkv[i++].n)
         multiply((Run){.name = "qkv", .w = &layer->qkv[i], .x = work->x, .ldx = work->ld_x, .rows = tokens, .dot = dot, .y = work->qkv + at,
-                       .ldy = work->ld_qkv}, work->sums);
+                       .ldy = work->ld_qkv}, work->room);
     work->attention.cache = layer->cache;
     run_phase("rotary", rotary_phase, work, (tokens + ROTARY_TOKENS - 1) / ROTARY_TOKENS);
     run_phase("attend", attend_phase, work, work->num_items);
@@ -281,12 +284,12 @@ static void run_layer(Work *work, int last) {
         if (!work->rows) return;  // a chunk of a prompt: keys and values were all
     }
     multiply((Run){.name = "o", .w = &layer->o, .x = work->attended, .ldx = all, .rows = work->rows, .dot = dot, .add = 1, .y = work->residual,
-                   .ldy = d->hidden}, work->sums);
+                   .ldy = d->hidden}, work->room);
     norm(work, layer->post_norm);
     multiply((Run){.name = "gate_up", .w = &layer->up, .gate = &layer->gate, .x = work->x, .ldx = work->ld_x, .rows = work->rows, .dot = dot,
-                   .y = work->wide, .ldy = work->ld_wide}, work->sums);
+                   .y = work->wide, .ldy = work->ld_wide}, work->room);
     multiply((Run){.name = "down", .w = &layer->down, .x = work->wide, .ldx = work->ld_wide, .rows = work->rows, .dot = dot, .add = 1,
-                   .y = work->residual, .ldy = d->hidden}, work->sums);
+                   .y = work->residual, .ldy = d->hidden}, work->room);
 }
 
 // Run a step's tokens; 0, or -1 if there is no memory for it, and then nothing has changed.
@@ -295,15 +298,11 @@ int decoder_hidden(const Decoder *decoder, const Step *step) {
     pthread_mutex_lock(&step_lock);
     int partials, span = span_of(decoder, step);
     work.num_items = make_items(decoder, step, span, NULL, &work.num_split, &partials);
-    char *kept = arena;
-    arena = NULL;
-    size_t bytes = lay_out(&work, partials);
-    arena = kept;
-    if (reserve(bytes)) {
+    if (reserve(lay_out(&work, NULL, partials))) {
         pthread_mutex_unlock(&step_lock);
         return -1;
     }
-    lay_out(&work, partials);
+    lay_out(&work, arena, partials);
     make_items(decoder, step, span, work.items, &work.num_split, &partials);
     for (int row = 0; row < step->num_rows; row++)
         for (int t = step->query_start[row]; t < step->query_start[row + 1]; t++) {
@@ -327,21 +326,30 @@ int decoder_hidden(const Decoder *decoder, const Step *step) {
     return 0;
 }
 
-// Floats [rows, hidden] times a product's weights: floats [rows rounded up to 16, n rounded up to 16]; 0 or -1 as above.
+// Floats [rows, k] times a product's weights: floats [rows, n rounded up to 16]; 0 or -1 as above.
 int product(const Product *w, int dot, const float *x, int rows, float *out) {
     if (!rows) return 0;
     long ld = padded(w->k), width = dot ? 2 : 4;
-    size_t inputs = padded(rows) * ld * width, sums = FEW_ROWS * (w->k / GROUP + 1) * 4;
+    size_t inputs = padded(rows) * ld * width;
     pthread_mutex_lock(&step_lock);
-    if (reserve(inputs + 64 + sums)) {
+    if (reserve(inputs + room_bytes(w->k))) {
         pthread_mutex_unlock(&step_lock);
         return -1;
     }
     for (int i = 0; i < rows; i++) to_inputs(x + (long)i * w->k, w->k, dot, arena, i * ld);
     multiply((Run){.name = "head", .w = w, .x = arena, .ldx = ld, .rows = rows, .dot = dot, .y = out, .ldy = padded(w->n)},
-             (float *)(arena + (inputs + 63) / 64 * 64));
+             arena + inputs);
     pthread_mutex_unlock(&step_lock);
     return 0;
+}
+
+// Give back what steps kept.
+void release(void) {
+    pthread_mutex_lock(&step_lock);
+    free(arena);
+    arena = NULL;
+    arena_size = 0;
+    pthread_mutex_unlock(&step_lock);
 }
 
 void draw(const Draw *d) {
@@ -412,36 +420,13 @@ int has_dot(void) { return HAVE_DOT; }
 // What build.py says the sources were.
 const char *sources(void) { return SOURCES; }
 
-// A forked child has none of the threads, and nobody who would release the locks.
-static void forget_threads(void) {
-    num_workers = 0;
-    num_asleep = 0;
-    step_lock = pool_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
-    pool_wake = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
-}
-
-__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
-
 // Threads from now on, the caller of a step among them; 0, or -1 if the matrix unit is not ours to use.
 int set_threads(int num_threads) {
 #if HAVE_TILES && defined(__linux__)
     if (syscall(SYS_arch_prctl, 0x1023, 18)) return -1;  // ARCH_REQ_XCOMP_PERM for the tiles' data
 #endif
-    static pthread_t threads[MAX_THREADS];
     pthread_mutex_lock(&step_lock);
-    int old = num_workers;
-    pthread_mutex_lock(&pool_lock);
-    num_workers = 0;
-    pthread_cond_broadcast(&pool_wake);
-    pthread_mutex_unlock(&pool_lock);
-    for (int i = 0; i < old; i++) pthread_join(threads[i], NULL);
-    int wanted = num_threads < 1 ? 0 : num_threads > MAX_THREADS ? MAX_THREADS - 1 : num_threads - 1;
-    num_workers = wanted;
-    for (int i = 0; i < wanted; i++)
-        if (pthread_create(&threads[i], NULL, worker, (void *)(intptr_t)i)) {
-            num_workers = i;
-            break;
-        }
+    change_threads(num_threads);
     pthread_mutex_unlock(&step_lock);
     return 0;
 }

@@ -11,23 +11,25 @@
 #include <string.h>
 
 #define MAX_THREADS 256
+#define STACK_BYTES (1 << 20)  // of a worker; an item of attention takes some 160 kB, and some systems give no more than 128
 #define SPIN 4000  // looks at the ticket before a worker goes to sleep, some 100 us
 
 typedef void (*phase_fn)(void *args, int chunk);
 
-// generation << 40 | chunks << 20 | next chunk
+// chunks << 32 | next chunk
 static _Atomic uint64_t ticket;
 static _Atomic uint32_t chunks_done;
 static _Atomic int num_asleep;
 static phase_fn phase_function;
 static void *phase_args;
-static _Atomic int num_workers;  // threads beside the caller; changed under pool_lock
-static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
+static _Atomic int num_workers;  // threads beside the caller
+static _Thread_local int thread_number;  // 0 is the caller
+static pthread_mutex_t step_lock = PTHREAD_MUTEX_INITIALIZER;  // held by who runs phases: one caller at a time in a process
+static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;  // for going to sleep
 static pthread_cond_t pool_wake = PTHREAD_COND_INITIALIZER;
 
-#define CHUNKS_OF(t) ((uint32_t)((t) >> 20) & 0xfffff)
-#define NEXT_OF(t) ((uint32_t)(t) & 0xfffff)
-#define MAX_CHUNKS 0xf0000
+#define CHUNKS_OF(t) ((uint32_t)((t) >> 32))
+#define NEXT_OF(t) ((uint32_t)(t))
 
 static inline void relax(void) {
 #if defined(__x86_64__)
@@ -50,8 +52,8 @@ static void take_chunks(void) {
 }
 
 static void *worker(void *arg) {
-    int number = (int)(intptr_t)arg;
-    while (number < num_workers) {
+    thread_number = (int)(intptr_t)arg;
+    while (thread_number <= num_workers) {
         int left = SPIN;
         uint64_t seen = atomic_load_explicit(&ticket, memory_order_acquire);
         while (NEXT_OF(seen) >= CHUNKS_OF(seen) && --left) {
@@ -65,7 +67,7 @@ static void *worker(void *arg) {
         pthread_mutex_lock(&pool_lock);
         atomic_fetch_add(&num_asleep, 1);
         seen = atomic_load(&ticket);
-        if (NEXT_OF(seen) >= CHUNKS_OF(seen) && number < num_workers) pthread_cond_wait(&pool_wake, &pool_lock);
+        if (NEXT_OF(seen) >= CHUNKS_OF(seen) && thread_number <= num_workers) pthread_cond_wait(&pool_wake, &pool_lock);
         atomic_fetch_sub(&num_asleep, 1);
         pthread_mutex_unlock(&pool_lock);
     }
@@ -80,8 +82,7 @@ static void run_chunks(phase_fn function, void *args, int chunks) {
     phase_function = function;
     phase_args = args;
     atomic_store_explicit(&chunks_done, 0, memory_order_relaxed);
-    uint64_t before = atomic_load_explicit(&ticket, memory_order_relaxed);
-    atomic_store(&ticket, ((before >> 40) + 1) << 40 | (uint64_t)chunks << 20);
+    atomic_store(&ticket, (uint64_t)chunks << 32);
     if (atomic_load(&num_asleep)) {
         pthread_mutex_lock(&pool_lock);
         pthread_cond_broadcast(&pool_wake);
@@ -91,6 +92,37 @@ static void run_chunks(phase_fn function, void *args, int chunks) {
     for (int looks = 0; atomic_load_explicit(&chunks_done, memory_order_acquire) != (uint32_t)chunks; looks++)
         looks & 1023 ? relax() : (void)sched_yield();
 }
+
+// Threads from now on, the caller of a phase among them; as many of them as the system gives.
+static void change_threads(int num_threads) {
+    static pthread_t threads[MAX_THREADS];
+    int old = num_workers;
+    pthread_mutex_lock(&pool_lock);
+    num_workers = 0;
+    pthread_cond_broadcast(&pool_wake);
+    pthread_mutex_unlock(&pool_lock);
+    for (int i = 1; i <= old; i++) pthread_join(threads[i], NULL);
+    int wanted = num_threads < 1 ? 0 : num_threads > MAX_THREADS ? MAX_THREADS - 1 : num_threads - 1;
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK_BYTES);
+    num_workers = wanted;
+    for (int i = 1; i <= wanted; i++)
+        if (pthread_create(&threads[i], &attributes, worker, (void *)(intptr_t)i)) {
+            num_workers = i - 1;
+            break;
+        }
+    pthread_attr_destroy(&attributes);
+}
+
+// A forked child has none of the threads, and nobody who would release the locks.
+static void forget_threads(void) {
+    num_workers = num_asleep = 0;
+    step_lock = pool_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    pool_wake = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+}
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
 
 #ifdef PROFILE
 // Nanoseconds spent in phases of each name since the library was loaded; printed at exit.

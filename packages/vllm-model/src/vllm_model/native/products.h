@@ -12,8 +12,6 @@
 // in whole numbers times inputs first and scaled once, so nothing of the file's precision is lost; only products of many rows
 // ("unpacked") multiply by weights rounded to the inputs' type.
 #pragma once
-#include <stdlib.h>
-
 #include "pool.h"
 #include "vector.h"
 
@@ -419,8 +417,9 @@ typedef struct {
     const float *sums;    // [rows, k / GROUP], needed up to FEW_ROWS for INT4
     int rows, dot;
     int add;              // y += instead of y =
-    void *y;              // [rows rounded up to 16, ldy] floats; with gate as x
+    void *y;              // [rows, ldy] floats; with gate as x
     long ldy;
+    char *unpacked;       // [threads, UNPACKED, 64 * k] bytes
     int panels_per_chunk, rows_per_chunk, row_chunks;
     const char *name;     // for profiles
 } Run;
@@ -446,15 +445,19 @@ INLINE void finish(const Run *run, const float *out, long ldo, int row, int rows
             }
 }
 
-static char *scratch(size_t bytes) {
-    static _Thread_local char *room;
-    static _Thread_local size_t size;
-    if (size < bytes) {
-        free(room);
-        size = bytes;
-        if (posix_memalign((void **)&room, 64, bytes)) abort();  // some 400 kB
-    }
-    return room;
+#define UNPACKED 4  // panels that a thread unpacks at once, at most as floats: two of each weight
+
+INLINE size_t sums_bytes(long k) { return (FEW_ROWS * (k / GROUP) * 4 + 63) / 64 * 64; }
+
+// Room that a product of `k` inputs or fewer needs beside inputs and outputs.
+static size_t room_bytes(long k) { return sums_bytes(k) + (size_t)(num_workers + 1) * UNPACKED * k * 64; }
+
+INLINE int on_tiles(const Run *run) { return HAVE_TILES && run->dot && run->rows >= TILE_ROWS && run->w->k % 32 == 0; }
+
+// Whether it multiplies whole numbers there, and scales each group afterwards.
+INLINE int tiles_are_exact(const Run *run) {
+    const int type = run->w->type;
+    return run->rows <= FEW_ROWS && (type == INT4 || type == INT8) && (!run->gate || run->gate->type == type);
 }
 
 static void product_chunk(void *args, int chunk) {
@@ -468,14 +471,13 @@ static void product_chunk(void *args, int chunk) {
     const char *x = run->x;
     float out[2][32 * 32] __attribute__((aligned(64)));
     const int many = run->rows > FEW_ROWS;
-    const long room = w->k * 64;
+    const long room = w->k * 64L;
+    char *space = run->unpacked + thread_number * UNPACKED * room;
 
 #if HAVE_TILES
-    if (dot && run->rows >= TILE_ROWS && w->k % 32 == 0) {
-        const int kind = gate ? gate->type : w->type;
-        const int exact = !many && w->type == kind && (kind == INT4 || kind == INT8), wide = end - start > 8;
+    if (on_tiles(run)) {
+        const int kind = gate ? gate->type : w->type, exact = tiles_are_exact(run), wide = end - start > 8;
         tiles_begin(exact && !wide ? 8 : 16);
-        char *space = scratch(2 * room);
         for (int p = first; p < last; p += gate ? 1 : 2) {
             const int both = !gate && p + 1 < last;
             const char *pair[2] = {panel_at(gate ? gate : w, p), panel_at(w, p + both)};
@@ -495,17 +497,17 @@ static void product_chunk(void *args, int chunk) {
         return;
     }
 #endif
-    char *space = many ? scratch(8 * room) : NULL;
+    const int kind = gate && gate->type > w->type ? gate->type : w->type;  // the one that needs more registers
     for (int p = first, step; p < last; p += step) {
         int block = end - start < MAX_ROWS ? end - start : MAX_ROWS;
-        step = panels_at_once(block, many ? F32 : gate && gate->type > w->type ? gate->type : w->type);
-        while (step > last - p) step /= 2;
+        step = panels_at_once(block, many ? F32 : kind);
+        while (step > last - p || (many && step > UNPACKED / 2)) step /= 2;
         Block b[2] = {{.k = w->k, .out = out[0], .ldo = 64}, {.k = w->k, .out = out[1], .ldo = 64}};
         int type[2] = {w->type, gate ? gate->type : w->type};
         for (int i = 0; i < (gate ? 2 : 1); i++) {
             for (int q = 0; q < step; q++) {
                 b[i].panel[q] = panel_at(i ? gate : w, p + q);
-                if (many) b[i].panel[q] = as_inputs(b[i].panel[q], type[i], w->k, dot, space + (i * 4 + q) * room);
+                if (many) b[i].panel[q] = as_inputs(b[i].panel[q], type[i], w->k, dot, space + (i * UNPACKED / 2 + q) * room);
             }
             if (many) type[i] = dot ? BF16 : F32;
         }
@@ -515,7 +517,7 @@ static void product_chunk(void *args, int chunk) {
                 b[i].x = x + row * run->ldx * width;
                 b[i].ldx = run->ldx;
                 b[i].ld_sums = w->k / GROUP;
-                b[i].sums = run->sums + row * b[i].ld_sums;
+                b[i].sums = run->sums ? run->sums + row * b[i].ld_sums : NULL;
                 multiply_block(rows, step, type[i], dot, &b[i]);
             }
             finish(run, out[0], 64, row, rows, p, step, gate ? out[1] : NULL);
@@ -542,11 +544,13 @@ static void group_sums(const void *x, long ldx, int rows, long k, int dot, float
         }
 }
 
-static void multiply(Run run, float *sums) {
+static void multiply(Run run, char *room) {
     const Product *w = run.w;
-    if (run.rows <= FEW_ROWS && (w->type == INT4 || (run.gate && run.gate->type == INT4))) {
-        group_sums(run.x, run.ldx, run.rows, w->k, run.dot, sums);
-        run.sums = sums;
+    run.unpacked = room + sums_bytes(w->k);
+    const int needed = on_tiles(&run) ? tiles_are_exact(&run) : run.rows <= FEW_ROWS;
+    if (needed && (w->type == INT4 || (run.gate && run.gate->type == INT4))) {
+        group_sums(run.x, run.ldx, run.rows, w->k, run.dot, (float *)room);
+        run.sums = (float *)room;
     }
     run.rows_per_chunk = run.rows <= ROWS_PER_CHUNK ? run.rows : ROWS_PER_CHUNK;
     run.row_chunks = (run.rows + run.rows_per_chunk - 1) / run.rows_per_chunk;

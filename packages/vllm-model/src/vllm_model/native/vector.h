@@ -66,7 +66,7 @@ INLINE vf load_half(const uint16_t *p) {
 #elif defined(__aarch64__)
     return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #else
-    vf out;
+    vf out = {0};
     for (int i = 0; i < LANES; i++) {
         uint32_t sign = (uint32_t)(p[i] & 0x8000) << 16, rest = p[i] & 0x7fff;
         uint32_t bits = rest << 13;
@@ -122,8 +122,6 @@ INLINE vf exp_of(vf x) {
     vf power = (vf)((whole + 127) << 23);
     return choose(x > -87.0f, p * power, (vf){0});
 }
-
-INLINE float silu_scalar(float x) { return x / (1.0f + expf(-x)); }
 
 INLINE vf silu(vf x) {
     // sigmoid of -|x| keeps the exponent at or below zero
