@@ -5,7 +5,6 @@ the argmax of scaled logits plus Gumbel noise, an exact sample of their softmax 
 """
 
 from collections.abc import Mapping
-from ctypes import CDLL
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +38,16 @@ def sample(
     _adjust_all(logits, batch, entries, pending or {})
     kernels = load_kernels() if logits.device.type == "cpu" else None
     if kernels is not None:
-        return _sample_compiled(kernels, logits, batch, entries)
+        return draw_tokens(
+            kernels,
+            logits,
+            state.temperature[slots],
+            state.seed[slots],
+            entries.positions,
+            min_p=state.min_p[slots],
+            top_p=state.top_p[slots],
+            top_k=state.top_k[slots],
+        )
     temperature = state.temperature[slots]
     hot = np.flatnonzero(temperature > 0)
     tokens = logits.argmax(dim=-1)
@@ -53,20 +61,6 @@ def sample(
     _add_noise(scaled, filtered, seeds, torch.from_numpy(entries.positions[hot]).to(logits.device))
     tokens[index] = scaled.argmax(dim=-1)
     return tokens
-
-
-def _sample_compiled(kernels: CDLL, logits: torch.Tensor, batch: Batch, entries: SampledEntries) -> torch.Tensor:
-    state, slots = batch.state, batch.slots[entries.rows]
-    temperature = state.temperature[slots]
-    cut = (state.min_p[slots] > 0) | (state.top_k[slots] > 0) | (state.top_p[slots] < 1)
-    rows = np.flatnonzero((temperature > 0) & cut)
-    if len(rows):
-        index = torch.from_numpy(rows)
-        scaled = logits[index] / torch.from_numpy(temperature[rows])[:, None]
-        _filter(scaled, state, slots[rows])
-        logits[index] = scaled
-        temperature[rows] = 1
-    return draw_tokens(kernels, logits, temperature, state.seed[slots], entries.positions)
 
 
 def _add_noise(scaled: torch.Tensor, filtered: npt.NDArray[np.bool_], seeds: torch.Tensor, positions: torch.Tensor) -> None:

@@ -8,6 +8,8 @@ import torch
 
 from vllm_model.native import draw_tokens
 from vllm_model.noise import gumbel_noise
+from vllm_model.sampler import _filter
+from vllm_traits.batch import BatchState
 
 
 def draw(kernels: CDLL, logits: torch.Tensor, temperature: float, seed: int = 0, position: int = 0) -> list[int]:
@@ -74,3 +76,27 @@ def test_no_temperature_is_too_small(kernels: CDLL) -> None:
 
 def test_no_rows(kernels: CDLL) -> None:
     assert draw(kernels, torch.empty(0, 5), 1.0) == []
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize("vocab_size", [5, 16, 37, 1000, 20000])
+def test_filters_leave_what_torch_leaves(kernels: CDLL, vocab_size: int, spread: float) -> None:
+    """Ties, outliers, tokens that are forbidden, and filters of all strengths, alone and together."""
+    rng = np.random.default_rng(vocab_size)
+    rows = 30
+    logits = torch.from_numpy((rng.standard_normal((rows, vocab_size)) * spread).astype(np.float32))
+    logits[::3] = logits[::3].round()
+    logits[::4, 0] += 60
+    logits[::5, vocab_size // 2 :] = -torch.inf
+    temperature = (rng.random(rows) * 2 + 0.01).astype(np.float32)
+    min_p = np.where(rng.random(rows) < 0.4, rng.random(rows) * 0.3, 0).astype(np.float32)
+    top_p = np.where(rng.random(rows) < 0.6, rng.random(rows) * 0.98 + 0.01, 1).astype(np.float32)
+    top_k = np.where(rng.random(rows) < 0.5, rng.integers(1, 2 * vocab_size, rows), 0).astype(np.int32)
+    seeds, positions = rng.integers(-(2**62), 2**62, rows), rng.integers(0, 10**5, rows)
+    tokens = draw_tokens(kernels, logits, temperature, seeds, positions, min_p=min_p, top_p=top_p, top_k=top_k)
+    state = BatchState(rows, 1, 1)
+    state.min_p[:], state.top_p[:], state.top_k[:] = min_p, top_p, top_k
+    scaled = logits / torch.from_numpy(temperature)[:, None]
+    _filter(scaled, state, np.arange(rows, dtype=np.int32))
+    noise = gumbel_noise(torch.from_numpy(seeds)[:, None], torch.from_numpy(positions)[:, None], torch.arange(vocab_size)[None])
+    assert torch.equal(tokens, (scaled + noise).argmax(dim=-1))

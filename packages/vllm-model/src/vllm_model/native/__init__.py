@@ -17,7 +17,7 @@ import torch
 from vllm_model.native import build
 from vllm_model.native.build import VARIANTS, fingerprint, library_path, machine
 from vllm_model.quantization import GROUP, QuantizedTensor, Weight
-from vllm_traits.batch import FloatArray, LongArray
+from vllm_traits.batch import FloatArray, IntArray, LongArray
 from vllm_traits.errors import BackendOutOfMemoryError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -108,9 +108,13 @@ class DrawStruct(Structure):
         ("rows", c_int32),
         ("vocab_size", c_int32),
         ("temperature", c_void_p),
+        ("min_p", c_void_p),
+        ("top_p", c_void_p),
+        ("top_k", c_void_p),
         ("seeds", c_void_p),
         ("positions", c_void_p),
         ("tokens", c_void_p),
+        ("room", c_void_p),
     ]
 
 
@@ -172,34 +176,57 @@ def _warn_of_other_sources() -> None:
 
 
 def draw_tokens(
-    kernels: ctypes.CDLL, logits: torch.Tensor, temperature: FloatArray, seeds: LongArray, positions: LongArray
+    kernels: ctypes.CDLL,
+    logits: torch.Tensor,
+    temperature: FloatArray,
+    seeds: LongArray,
+    positions: LongArray,
+    *,
+    min_p: FloatArray | None = None,
+    top_p: FloatArray | None = None,
+    top_k: IntArray | None = None,
 ) -> torch.Tensor:
-    """The tokens of rows of logits: the greatest, with the noise of :mod:`vllm_model.noise` where there is a temperature.
+    """The tokens of rows of logits: the greatest, or a draw by the noise of :mod:`vllm_model.noise` from what filters leave.
 
     Args:
         logits: float32 ``[rows, vocab_size]``, the last dimension contiguous.
         temperature: float32 ``[rows]``, 0 is greedy.
         seeds, positions: int64 ``[rows]``.
+        min_p, top_p: float32 ``[rows]``; None: no filter.
+        top_k: int32 ``[rows]``, 0 keeps all; None: no filter.
 
     Returns:
         int64 ``[rows]``.
+
+    Raises:
+        BackendOutOfMemoryError: No memory for the filters.
     """
     assert logits.stride(1) == 1
-    tokens = torch.empty(len(logits), dtype=torch.int64)
-    temperature = np.ascontiguousarray(temperature, np.float32)
+    rows = len(logits)
+    tokens = torch.empty(rows, dtype=torch.int64)
+    floats = [
+        np.ascontiguousarray(part, np.float32)
+        for part in (temperature, np.zeros(rows) if min_p is None else min_p, np.ones(rows) if top_p is None else top_p)
+    ]
+    top_k = np.ascontiguousarray(np.zeros(rows) if top_k is None else top_k, np.int32)
     seeds, positions = np.ascontiguousarray(seeds, np.int64), np.ascontiguousarray(positions, np.int64)
-    kernels.draw(
+    failed = kernels.draw(
         DrawStruct(
             logits=logits.data_ptr(),
             stride=logits.stride(0),
-            rows=len(logits),
+            rows=rows,
             vocab_size=logits.shape[1],
-            temperature=temperature.ctypes.data,
+            temperature=floats[0].ctypes.data,
+            min_p=floats[1].ctypes.data,
+            top_p=floats[2].ctypes.data,
+            top_k=top_k.ctypes.data,
             seeds=seeds.ctypes.data,
             positions=positions.ctypes.data,
             tokens=tokens.data_ptr(),
         )
     )
+    if failed:
+        raise BackendOutOfMemoryError(f"Sampling {rows} rows ran out of memory.")
     return tokens
 
 
@@ -217,7 +244,6 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.decoder_hidden.argtypes = [POINTER(DecoderStruct), POINTER(StepStruct)]
     library.product.argtypes = [POINTER(ProductStruct), c_int32, c_void_p, c_int32, c_void_p]
     library.draw.argtypes = [POINTER(DrawStruct)]
-    library.draw.restype = None
     library.release.restype = None
     library.pack.argtypes = [POINTER(PackingStruct)]
     library.pack.restype = None

@@ -352,10 +352,15 @@ void release(void) {
     pthread_mutex_unlock(&step_lock);
 }
 
-void draw(const Draw *d) {
+// 0, or -1 if there is no memory for it.
+int draw(const Draw *given) {
+    Draw d = *given;
     pthread_mutex_lock(&step_lock);
-    run_phase("draw", draw_phase, (void *)d, d->rows);
+    int failed = reserve((num_workers + 1) * 3L * d.vocab_size * sizeof(float));
+    d.room = (float *)arena;
+    if (!failed) run_phase("draw", draw_phase, &d, d.rows);
     pthread_mutex_unlock(&step_lock);
+    return failed;
 }
 
 // --- packing ---

@@ -1,5 +1,6 @@
-// The token of a row of logits: the greatest, with Gumbel noise on logits / temperature if there is a temperature.
-// The noise is that of noise.py: a function of seed, position and token.
+// The token of a row of logits: the greatest; with a temperature, of logits / temperature that filters leave, Gumbel noise added.
+// The noise is that of noise.py: a function of seed, position and token. The filters are those of sampler.py: min-p, top-k of
+// what is left, top-p of what is left; equal logits stay or go together.
 #pragma once
 #include "products.h"
 
@@ -10,8 +11,11 @@ typedef struct {
     int64_t stride;
     int32_t rows, vocab_size;
     const float *temperature;  // [rows], 0: greedy
+    const float *min_p, *top_p;        // [rows], 0 and 1: all
+    const int32_t *top_k;              // [rows], 0: all
     const int64_t *seeds, *positions;  // [rows]
     int64_t *tokens;           // [rows]
+    float *room;               // [threads, 3, vocab_size]
 } Draw;
 
 // Natural logarithm of normal positive numbers, within 2 units of the last place.
@@ -60,6 +64,132 @@ INLINE int any(vi mask) {
 #endif
 }
 
+// --- filters ---
+
+#define BINS 1024
+#define NEAR 12.0f  // behind the first; what is farther has e**-12 of its weight and is seldom needed
+
+// Candidates: values, their weights e**(value - high), and both by distance from `high`, nearest first.
+typedef struct {
+    float high, per_bin;
+    int num;
+    float *values, *weights;
+    int count[BINS];
+    double mass[BINS];
+} Candidates;
+
+INLINE int bin_of(const Candidates *c, float value) {
+    float bin = (c->high - value) * c->per_bin;
+    return bin < BINS - 1 ? (int)bin : BINS - 1;
+}
+
+static void fill_bins(Candidates *c) {
+    memset(c->count, 0, sizeof c->count);
+    memset(c->mass, 0, sizeof c->mass);
+    for (int i = 0; i < c->num; i++) {
+        int bin = bin_of(c, c->values[i]);
+        c->count[bin]++;
+        c->mass[bin] += c->weights[i];
+    }
+}
+
+// Values of logits / temperature at least `least`; returns the weight of all that are at least `bound`.
+static double collect(Candidates *c, const float *logits, int n, float temperature, float least, float bound) {
+    double total = 0;
+    float lowest = c->high;
+    c->num = 0;
+    for (int start = 0; start < n; start += LANES) {
+        vf value = splat(-INFINITY);
+        if (start + LANES <= n) value = load(logits + start) / temperature;
+        else
+            for (int i = 0; start + i < n; i++) value[i] = logits[start + i] / temperature;
+        vf weight = choose(value >= bound, exp_of(value - c->high), (vf){0});
+        total += sum_of(weight);
+        if (!any(value >= least)) continue;
+        for (int i = 0; i < LANES; i++)
+            if (value[i] >= least && value[i] > -INFINITY) {
+                c->values[c->num] = value[i];
+                c->weights[c->num++] = weight[i];
+                lowest = value[i] < lowest ? value[i] : lowest;
+            }
+    }
+    c->per_bin = lowest < c->high ? BINS / (c->high - lowest) : 0;
+    fill_bins(c);
+    return total;
+}
+
+static int descending(const void *a, const void *b) {
+    float left = *(const float *)a, right = *(const float *)b;
+    return left < right ? 1 : left > right ? -1 : 0;
+}
+
+// The values of a bin, the greatest first, into `out`.
+static int sorted_bin(const Candidates *c, int bin, float *out) {
+    int num = 0;
+    for (int i = 0; i < c->num; i++)
+        if (bin_of(c, c->values[i]) == bin) out[num++] = c->values[i];
+    qsort(out, num, sizeof *out, descending);
+    return num;
+}
+
+// The k-th greatest candidate.
+static float kth_greatest(const Candidates *c, int k, float *room) {
+    int bin = 0, before = 0;
+    while (before + c->count[bin] < k) before += c->count[bin++];
+    sorted_bin(c, bin, room);
+    return room[k - 1 - before];
+}
+
+// The least candidate with less than `wanted` weight above it.
+static float last_within(const Candidates *c, double wanted, float *room) {
+    double above = 0;
+    int bin = 0;
+    while (bin < BINS - 1 && above + c->mass[bin] < wanted) above += c->mass[bin++];
+    int num = sorted_bin(c, bin, room);
+    float last = c->high;
+    for (int i = 0; i < num && above < wanted; i++) {
+        last = room[i];
+        above += expf(room[i] - c->high);
+    }
+    return last;
+}
+
+// The least of logits / temperature that the filters of a row leave.
+static float least_kept(const Draw *d, int row, const float *logits, float high) {
+    const int n = d->vocab_size, top_k = d->top_k[row] > 0 && d->top_k[row] < n ? d->top_k[row] : 0;
+    const float temperature = d->temperature[row], top_p = d->top_p[row];
+    float bound = d->min_p[row] > 0 ? high + logf(d->min_p[row]) : -INFINITY;
+    if (!top_k && top_p >= 1) return bound;
+    float *room = d->room + thread_number * 3L * n, *bin = room + 2L * n;
+    Candidates c = {.high = high, .values = room, .weights = room + n};
+    for (int all = 0; all < 2; all++) {
+        float least = all || bound > high - NEAR ? bound : high - NEAR;
+        double total = collect(&c, logits, n, temperature, least, bound);
+        int complete = least == bound;
+        float kept = bound;
+        if (top_k && c.num < top_k && !complete) continue;
+        if (top_k && c.num > top_k) {
+            kept = kth_greatest(&c, top_k, bin);
+            int num = 0;
+            total = 0;
+            for (int i = 0; i < c.num; i++)
+                if (c.values[i] >= kept) {
+                    c.values[num] = c.values[i];
+                    total += c.weights[num++] = c.weights[i];
+                }
+            c.num = num;
+            fill_bins(&c);
+            complete = 1;
+        }
+        if (top_p >= 1) return kept;
+        double there = 0;
+        for (int i = 0; i < BINS; i++) there += c.mass[i];
+        if (there < top_p * total && !complete) continue;
+        return last_within(&c, top_p * total, bin);
+    }
+    return bound;
+}
+
 static void draw_phase(void *args, int row) {
     const Draw *d = args;
     const float *logits = d->logits + row * d->stride;
@@ -74,8 +204,13 @@ static void draw_phase(void *args, int row) {
         uint32_t low = (uint32_t)d->seeds[row], upper = (uint32_t)(d->seeds[row] >> 32), place = (uint32_t)d->positions[row];
         first = mix(mix(mix(low ^ 0x9E3779B9u) ^ upper) ^ place);
         second = mix(mix(mix(low ^ 0x85EBCA6Bu) ^ upper) ^ place);
-        for (int i = 0; i + LANES <= n; i += LANES) high = maximum(high, load(logits + i));
-        high = splat(max_of(high) / temperature - MOST_NOISE);
+        float most = -INFINITY;
+        int i = 0;
+        for (; i + LANES <= n; i += LANES) high = maximum(high, load(logits + i));
+        for (; i < n; i++) most = logits[i] > most ? logits[i] : most;
+        most = (max_of(high) > most ? max_of(high) : most) / temperature;
+        float least = most > -INFINITY && most < INFINITY ? least_kept(d, row, logits, most) : -INFINITY;
+        high = splat(least > most - MOST_NOISE ? least : most - MOST_NOISE);
     }
     for (int i = 0; i < n; i += LANES) {
         vf value;
@@ -87,7 +222,7 @@ static void draw_phase(void *args, int row) {
         if (temperature > 0) {
             value = value / temperature;
             if (!any(value >= high)) continue;
-            value += gumbel((vu)(lanes + i), first, second);
+            value = choose(value >= high, value + gumbel((vu)(lanes + i), first, second), splat(-INFINITY));
         }
         vi better = value > best;
         best = choose(better, value, best);
