@@ -106,13 +106,13 @@ def mutation(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def sanitize(session: nox.Session) -> None:
-    """The CPU kernels' tests under gcc's sanitizers, 3 minutes; ``-- address`` or ``-- thread`` (not run by default)."""
+    """The CPU kernels' tests under gcc's sanitizers, some minutes; ``-- address`` or ``-- thread`` (not run by default)."""
     _install(session, "model", *_group("test"))
     session.run("python", "scripts/sanitize_native.py", *session.posargs)
 
 
 @nox.session(default=False)
 def wheels(session: nox.Session) -> None:
-    """Build the four wheels into dist/ (not run by default)."""
+    """Build the four wheels into dist/, the model's for this platform (not run by default)."""
     for name in LAYERS:
         session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", "dist", f"packages/vllm-{name}")
