@@ -125,7 +125,7 @@ static void forget_threads(void) {
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
 
 #ifdef PROFILE
-// Nanoseconds spent in phases of each name since the library was loaded; printed at exit.
+// Nanoseconds spent in phases of each name since `profile` was called last, for benchmarks/profile_cpu.py.
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -146,9 +146,9 @@ static void spend(const char *name, int64_t nanoseconds) {
     spent[i].nanoseconds += nanoseconds;
     spent[i].calls++;
 }
-void profile(void) {
+void profile(int tell) {
     for (int i = 0; i < MAX_NAMES && spent[i].name; i++) {
-        fprintf(stderr, "%-12s %10.3f ms %8ld calls\n", spent[i].name, spent[i].nanoseconds / 1e6, (long)spent[i].calls);
+        if (tell && spent[i].calls) fprintf(stderr, "%-12s %10.3f ms %8ld calls\n", spent[i].name, spent[i].nanoseconds / 1e6, (long)spent[i].calls);
         spent[i].nanoseconds = spent[i].calls = 0;
     }
 }
