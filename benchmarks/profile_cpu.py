@@ -60,7 +60,7 @@ def main() -> None:
         kernels = kernels_that_tell(Path(folder))
     native.load_kernels.cache_clear()
     for module in ("vllm_model.backend", "vllm_model.native_backend"):
-        setattr(__import__(module, fromlist=[""]), "load_kernels", lambda: kernels)
+        __import__(module, fromlist=[""]).load_kernels = lambda: kernels
     backend = load_backend(
         resolve_model(args.model), dtype=args.dtype, device="cpu", quantization=args.quantization, num_threads=args.threads
     )
@@ -98,7 +98,10 @@ def main() -> None:
             times.append(time.perf_counter() - began)
         took = statistics.median(times[2:])
         share = f", {weights / took / ceiling:.0%} of the memory's speed" if rows * tokens == 1 else ""
-        print(f"{rows} rows of {tokens} behind {before}: {took * 1e3:.2f} ms, {rows * tokens / took:.0f} tokens/s{share}", flush=True)
+        print(
+            f"{rows} rows of {tokens} behind {before}: {took * 1e3:.2f} ms, {rows * tokens / took:.0f} tokens/s{share}",
+            flush=True,
+        )
         kernels.profile(1)
 
 
