@@ -16,6 +16,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels.cluster_linear import ClusterConfig, launch_cluster
+from vllm_model.kernels.cluster_linear import n_tiles as cluster_tiles
 
 
 @triton.jit
@@ -194,7 +196,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def linear(
     x: torch.Tensor | Scaled,
     weight: torch.Tensor,
-    config: LinearConfig,
+    config: LinearConfig | ClusterConfig,
     *,
     silu: bool = False,
     eps: float = 1e-6,
@@ -233,7 +235,7 @@ def linear_residual(
     weight: torch.Tensor,
     residual: torch.Tensor,
     norm_weight: torch.Tensor,
-    config: LinearConfig,
+    config: LinearConfig | ClusterConfig,
     *,
     workspace: LinearWorkspace | None = None,
     pdl: bool = False,
@@ -253,7 +255,7 @@ def linear_residual(
         ValueError: As :func:`linear`.
     """
     rows, n = residual.shape
-    parts = triton.cdiv(n, config.block_n)
+    parts = cluster_tiles(config, n, False) if isinstance(config, ClusterConfig) else triton.cdiv(n, config.block_n)
     squares = torch.empty(rows, parts, dtype=torch.float32, device=x.device)
     out = torch.empty_like(residual)
     _launch(x, weight, config, out, residual, norm_weight, squares, False, 0.0, workspace, pdl)
@@ -263,7 +265,7 @@ def linear_residual(
 def _launch(
     x: torch.Tensor | Scaled,
     weight: torch.Tensor,
-    config: LinearConfig,
+    config: LinearConfig | ClusterConfig,
     out: torch.Tensor,
     residual: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
@@ -278,6 +280,9 @@ def _launch(
     if weight.shape != (n * (2 if silu else 1), k) or (residual is not None and not residual.is_contiguous()):
         raise ValueError(f"no product of {tuple(x.shape)} with {tuple(weight.shape)}")
     if not rows:
+        return
+    if isinstance(config, ClusterConfig):
+        launch_cluster(x, weight, scale, residual, norm_weight, out, squares, config, silu=silu, eps=eps, pdl=pdl)
         return
     m_tiles, n_tiles = triton.cdiv(rows, config.block_m), triton.cdiv(n, config.block_n)
     if config.split_k > 1:
