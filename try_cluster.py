@@ -37,16 +37,30 @@ print("fp16", f"{check(64, 4096, 1024, C(64, 32, 8, 4), dtype=torch.float16):.2e
 mode = sys.argv[1]
 # each product
 cand = {
- "0.6B": {"qkv": [C(m, bn, s, c) for m, bn, s, c in itertools.product((64, 128), (32, 64), (4, 6, 8, 12), (2, 4, 8))],
+ "0.6B": {"qkv": [C(m, bn, s, c) for m, bn, s, c in itertools.product((64, 128), (32, 64), (4, 6, 8, 16), (1, 2, 4))],
           "o": [C(m, bn, s, c, True) for m, bn, s, c in itertools.product((64, 128), (32, 64), (4, 8), (2, 4, 8))],
           "gate_up": [C(m, bn, s, c) for m, bn, s, c in itertools.product((64, 128), (48, 64, 96), (4, 6, 8, 12), (2, 4, 8))]},
  "8B": {"qkv": [C(m, bn, s, c) for m, bn, s, c in itertools.product((64, 128), (48, 96), (4, 6, 8, 12), (2, 4))],
         "o": [C(m, bn, s, c) for m, bn, s, c in itertools.product((64, 128), (32, 64), (6, 8, 12, 16), (2, 4))] + [C(m, bn, s, 2, True) for m, bn, s in itertools.product((64, 128), (64,), (6, 8))],
         "gate_up": [C(m, bn, s, c) for m, bn, s, c in itertools.product((64, 128), (96, 192), (4, 5, 6, 8), (2, 4))]}}
 from vllm_model.kernels.cluster_linear import shared_bytes
+from concurrent.futures import ThreadPoolExecutor
+from vllm_model.kernels import cluster_linear as cl
+import time
+t0 = time.time()
+todo = [cl.source(c, torch.bfloat16, name == "gate_up", name in ("qkv", "gate_up"), name == "o") for model in mode.split(",") for name, cs in cand[model].items() for c in cs if shared_bytes(c) <= 227 * 1024]
+todo += [cl.source(c, torch.bfloat16, False, False, True) for c in ()]
+with ThreadPoolExecutor(16) as pool: done = list(pool.map(cl.compiled, todo))
+print("compiled", len(todo), "in", round(time.time() - t0, 1))
 for model in mode.split(","):
-    for rows in (64, 96, 128):
+    for rows in (16, 32, 64, 80, 96, 128, 256) if model == "0.6B" else (32, 64, 80, 96, 128):
         best = {}
+        if model == "0.6B" and rows in (80, 96, 128):
+            layers = T.Layers(model, rows); shapes = T.products(model)
+            wide = {shapes["qkv"]: LinearConfig(64, 64, 128, 4, 3, 1, 4), shapes["gate_up"]: LinearConfig(64, 64, 64, 4, 4, 1, 4)}
+            slim = {shapes["o"]: LinearConfig(64, 32, 128, 4, 4, 2, 4), shapes["down"]: LinearConfig(64, 32, 128, 4, 4, 2, 4)}
+            slim1 = {s: LinearConfig(64, 32, 128, 4, 8, 1, 4) for s in slim}
+            print(f"layer 0.6B {rows}: library {layers.time({}):.1f} all own wide {layers.time({**wide, **slim}):.1f} only o, down {layers.time(slim):.1f} o, down uncut {layers.time(slim1):.1f} wide, uncut {layers.time({**wide, **slim1}):.1f} qkv wide {layers.time({shapes['qkv']: wide[shapes['qkv']], **slim}):.1f}", flush=True)
         for name, (n, k) in T.products(model).items():
             moved = n * k * 2 * (2 if name == "gate_up" else 1)
             case = T.Case(name, rows, n, k, max(2, min(24, int(1.6e8 / moved) + 1)))

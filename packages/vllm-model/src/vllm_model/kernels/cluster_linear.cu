@@ -37,14 +37,14 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 bar, u32 rank) {
     asm volatile(
         "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
-        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(bar), "r"(rank) : "memory");
+        " mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(bar), "r"(rank) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
     u32 done;
     do {
         asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
             : "=r"(done) : "r"(bar), "r"(parity) : "memory");
     } while (!done);
 }
