@@ -28,52 +28,53 @@ def check(rows, n, k, conf, silu=False, residual=False, scaled=True, dtype=torch
         got = linear(x, w, conf, silu=silu, pdl=True); torch.cuda.synchronize(); y = x.double() @ w.double().T
     if silu: g, u = y.chunk(2, 1); y = torch.nn.functional.silu(g) * u
     return err(got, y)
-for args in [(64, 256, 512, C(64, 32, 4, 1), False, False, False), (64, 256, 512, C(64, 32, 4, 1)), (64, 4096, 1024, C(64, 32, 8, 4)), (50, 4096, 1024, C(64, 32, 4, 4)), (100, 4096, 1024, C(64, 32, 4, 2)), (100, 1000, 1064, C(128, 32, 5, 4)),
-             (64, 3072, 1024, C(64, 48, 8, 4), True), (77, 3072, 1024, C(128, 48, 6, 4), True), (64, 1024, 2048, C(64, 32, 8, 4, True), False, True), (33, 1024, 3072, C(64, 32, 4, 4, True), False, True), (128, 1024, 3072, C(128, 32, 4, 4, True), False, True),
-             (64, 4096, 12288, C(64, 32, 12, 4), False, True), (64, 12288, 4096, C(64, 192, 6, 2), True), (64, 1024, 2048, C(64, 64, 8, 8, True), False, True)]:
+for args in [(64, 256, 512, C(64, 32, 2, 2, 1), False, False, False), (64, 256, 512, C(64, 32, 1, 4, 2)), (64, 4096, 1024, C(64, 128, 1, 4, 4)), (50, 4096, 1024, C(64, 32, 2, 3, 1)), (100, 4096, 1024, C(64, 64, 4, 2, 2)), (100, 1000, 1088, C(128, 32, 2, 3, 4)),
+             (64, 3072, 1024, C(64, 192, 2, 2, 4), True), (77, 3072, 1024, C(128, 48, 2, 3, 1), True), (64, 1024, 2048, C(64, 32, 2, 4, 4), False, True), (33, 1024, 3072, C(64, 32, 2, 2, 4), False, True), (128, 1024, 3072, C(128, 32, 2, 2, 4), False, True),
+             (64, 4096, 12288, C(64, 32, 4, 3, 1), False, True), (64, 12288, 4096, C(64, 192, 2, 3, 2), True), (64, 1024, 2048, C(64, 64, 2, 2, 8), False, True), (3, 1024, 3072, C(64, 64, 2, 3, 8), False, True)]:
     try: print(args, f"{check(*args):.2e}", flush=True)
     except Exception as e: print(args, "FAILED", repr(e)[:200], flush=True); 
-print("fp16", f"{check(64, 4096, 1024, C(64, 32, 8, 4), dtype=torch.float16):.2e}")
+print("fp16", f"{check(64, 4096, 1024, C(64, 32, 2, 4, 4), dtype=torch.float16):.2e}")
 mode = sys.argv[1]
-# each product
+combos = [(1, 4), (2, 2), (2, 3), (2, 4), (4, 2), (4, 3)]
+def grid(bms, bns, combos, clusters): return [C(m, n, *cs, c) for m in bms for n in bns for cs in combos for c in clusters]
 cand = {
- "0.6B": {"qkv": [C(m, bn, s, c) for m, bn, s, c in itertools.product((64, 128), (32, 64), (4, 6, 8, 16), (1, 2, 4))],
-          "o": [C(m, bn, s, c, True) for m, bn, s, c in itertools.product((64, 128), (32, 64), (4, 8), (2, 4, 8))],
-          "gate_up": [C(m, bn, s, c) for m, bn, s, c in itertools.product((64, 128), (48, 64, 96), (4, 6, 8, 12), (2, 4, 8))]},
- "8B": {"qkv": [C(m, bn, s, c) for m, bn, s, c in itertools.product((64, 128), (48, 96), (4, 6, 8, 12), (2, 4))],
-        "o": [C(m, bn, s, c) for m, bn, s, c in itertools.product((64, 128), (32, 64), (6, 8, 12, 16), (2, 4))] + [C(m, bn, s, 2, True) for m, bn, s in itertools.product((64, 128), (64,), (6, 8))],
-        "gate_up": [C(m, bn, s, c) for m, bn, s, c in itertools.product((64, 128), (96, 192), (4, 5, 6, 8), (2, 4))]}}
+ "0.6B": {"qkv": grid((64, 128), (32, 64, 128), combos, (1, 2, 4, 8)), "o": grid((64, 128), (32, 64), combos, (2, 4, 8)), "gate_up": grid((64, 128), (64, 96, 128, 192), combos, (1, 2, 4, 8))},
+ "8B": {"qkv": grid((64, 128), (48, 96, 192), combos[1:], (1, 2, 4)), "o": grid((64, 128), (32, 64, 128), combos[1:], (1, 2, 4)), "gate_up": grid((64, 128), (96, 192), combos[1:], (1, 2, 4))}}
 from vllm_model.kernels.cluster_linear import shared_bytes
 from concurrent.futures import ThreadPoolExecutor
 from vllm_model.kernels import cluster_linear as cl
 import time
+for model in cand:
+    for name in cand[model]: cand[model][name] = [c for c in cand[model][name] if shared_bytes(c) <= 227 * 1024]
 t0 = time.time()
-todo = [cl.source(c, torch.bfloat16, name == "gate_up", name in ("qkv", "gate_up"), name == "o") for model in mode.split(",") for name, cs in cand[model].items() for c in cs if shared_bytes(c) <= 227 * 1024]
-todo += [cl.source(c, torch.bfloat16, False, False, True) for c in ()]
+todo = [cl.source(c, torch.bfloat16, name == "gate_up", name in ("qkv", "gate_up"), name == "o") for model in mode.split(",") for name, cs in cand[model].items() for c in cs]
 with ThreadPoolExecutor(16) as pool: done = list(pool.map(cl.compiled, todo))
-print("compiled", len(todo), "in", round(time.time() - t0, 1))
+print("compiled", len(todo), "in", round(time.time() - t0, 1), flush=True)
+known = {}
 for model in mode.split(","):
-    for rows in (16, 32, 64, 80, 96, 128, 256) if model == "0.6B" else (32, 64, 80, 96, 128):
+    for rows in (64, 128, 16, 80, 96) if model == "0.6B" else (64, 128, 96):
         best = {}
-        if model == "0.6B" and rows in (80, 96, 128):
-            layers = T.Layers(model, rows); shapes = T.products(model)
-            wide = {shapes["qkv"]: LinearConfig(64, 64, 128, 4, 3, 1, 4), shapes["gate_up"]: LinearConfig(64, 64, 64, 4, 4, 1, 4)}
-            slim = {shapes["o"]: LinearConfig(64, 32, 128, 4, 4, 2, 4), shapes["down"]: LinearConfig(64, 32, 128, 4, 4, 2, 4)}
-            slim1 = {s: LinearConfig(64, 32, 128, 4, 8, 1, 4) for s in slim}
-            print(f"layer 0.6B {rows}: library {layers.time({}):.1f} all own wide {layers.time({**wide, **slim}):.1f} only o, down {layers.time(slim):.1f} o, down uncut {layers.time(slim1):.1f} wide, uncut {layers.time({**wide, **slim1}):.1f} qkv wide {layers.time({shapes['qkv']: wide[shapes['qkv']], **slim}):.1f}", flush=True)
         for name, (n, k) in T.products(model).items():
             moved = n * k * 2 * (2 if name == "gate_up" else 1)
             case = T.Case(name, rows, n, k, max(2, min(24, int(1.6e8 / moved) + 1)))
             times = []
-            for conf in cand[model]["o" if name == "down" else name]:
-                if shared_bytes(conf) > 227 * 1024 or (conf.block_m == 128 and rows <= 64): continue
+            tried = cand[model]["o" if name == "down" else name]
+            if rows not in (64, 128): tried = [c for r in (64, 128) for c in known[name, r][:6]]
+            for conf in dict.fromkeys(tried):
+                if conf.block_m == 128 and rows <= 64: continue
+                ctas = cl.n_tiles(conf, n, name == "gate_up") * conf.cluster * -(-rows // conf.block_m)
+                if rows in (64, 128) and not 60 <= ctas <= 530: continue
                 try: times.append((case.time(conf), conf))
                 except Exception as e: print(name, rows, conf, repr(e)[:100])
-            times.sort(key=lambda t: t[0]); best[name] = times[0][1]
+            times.sort(key=lambda t: t[0]); best[name] = times[0][1]; known[name, rows] = [c for _, c in times]
             own = choose_linear(rows, n, k, name == "gate_up")
-            print(f"{model} {name} {rows}: library {case.library():.2f} own {case.time(own) if own else 0:.2f} floor {moved / 4.24e6:.2f} | " + "  ".join(f"{u:.2f} {tuple(vars(c).values())}" for u, c in times[:5]), flush=True)
+            print(f"{model} {name} {rows}: library {case.library():.2f} own {case.time(own) if own else 0:.2f} floor {moved / 4.24e6:.2f} | " + "  ".join(f"{u:.2f} {tuple(vars(c).values())}" for u, c in times[:7]), flush=True)
         layers = T.Layers(model, rows)
         shapes = T.products(model)
-        now = {shapes[name]: c for name in shapes if (c := choose_linear(rows, *shapes[name], name == "gate_up"))}
-        new = {shapes[name]: c for name, c in best.items()}
-        print(f"LAYER {model} {rows}: library {layers.time({}):.1f} own {layers.time(now):.1f} cluster {layers.time(new):.1f} | one of them cluster, others as now:", "  ".join(f"{name} {layers.time({**now, shapes[name]: best[name]}):.1f}" for name in shapes), flush=True)
+        choices = [[None] + [c for c in (choose_linear(rows, *shapes[name], name == "gate_up"), best[name]) if c] for name in shapes]
+        out = []
+        for pick in itertools.product(*choices):
+            choice = {shapes[name]: c for name, c in zip(shapes, pick) if c}
+            out.append((layers.time(choice), "".join("L" if c is None else "C" if isinstance(c, C) else "O" for c in pick)))
+        out.sort(); by = {t: u for u, t in out}
+        print(f"LAYER {model} {rows}: LLLL {by['LLLL']:.1f} OOOO {by.get('OOOO', 0):.1f} CCCC {by['CCCC']:.1f} | " + "  ".join(f"{u:.1f} {t}" for u, t in out[:6]), flush=True)

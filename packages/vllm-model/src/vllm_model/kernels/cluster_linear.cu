@@ -1,28 +1,28 @@
-// Linear layers for some 17 to 128 rows on Hopper: out = x @ w.T, with what stands before and behind it in a decoder layer.
+// Linear layers of some 3 to 128 rows on Hopper: out = x @ w.T, with what stands before and behind it in a decoder layer.
 //
 // The host puts before this text: ELEMENT_IS_BF16, BM (rows of a tile: 64 or 128), BN (weight rows of a tile, with SILU half of
-// them gate and half up), STAGES, CLUSTER, SPLIT, SILU, SCALED, RESIDUAL, and WGMMA(d, a, b, add), one product of the matrix
-// unit of 64 rows, BN columns and 16 inputs.
+// them gate and half up), CHUNKS (64 inputs each, of a stage), STAGES, CLUSTER, SILU, SCALED, RESIDUAL, and WGMMA(d, a, b): d +=
+// one product of the matrix unit of 64 rows, OUT_N columns and 16 inputs.
 //
-// CLUSTER programs share an m tile. Without SPLIT they have different n tiles, and each brings its part of the rows of x to all
-// of them (multicast); with SPLIT they have the same n tile, each a run of the inputs, and add up their sums through each
-// other's shared memory. One warp starts copies, the others multiply; a full and an empty barrier for each stage.
+// The programs of a cluster have one tile and a run of the inputs each, and send their sums to each other's shared memory, where
+// each adds up its share of the rows. One warp starts copies, of weights before the kernel ahead has ended; the others multiply.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
 struct alignas(64) TensorMap { u64 words[16]; };
 
-#define BK 64                          // inputs of a stage: 128 bytes, the width of the swizzle
-#define GROUPS (BM / 64)               // warpgroups that multiply
+#define GROUPS (BM / 64)                   // warpgroups that multiply
 #define CONSUMERS (128 * GROUPS)
-#define X_BYTES (BM * BK * 2)
-#define W_BYTES (BN * BK * 2)
+#define X_CHUNK (BM * 128)                 // bytes: 64 inputs are 128, the width of the swizzle
+#define OUT_N (SILU ? BN / 2 : BN)         // outputs of a tile
+#define W_CHUNK (OUT_N * 128)
+#define X_BYTES (CHUNKS * X_CHUNK)         // of a stage
+#define W_BYTES (CHUNKS * BN * 128)
 #define STAGE_BYTES (X_BYTES + W_BYTES)
-#define OUT_N (SILU ? BN / 2 : BN)     // outputs of a tile
-#define PITCH (BN + 4)                 // floats of a row of sums in shared memory
-#define LANES (OUT_N / 4)              // threads of a row behind the products: four outputs each
-#define SLICE (SPLIT ? BM / CLUSTER : BM)
+#define PITCH (BN + 4)                     // floats of a row of sums in shared memory
+#define LANES (OUT_N / 4)                  // threads of a row behind the products: four outputs each
+#define SLICE (BM / CLUSTER)               // rows that one program of a cluster adds up
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -34,10 +34,8 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(u32 bar, u32 rank) {
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
-        " mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(bar), "r"(rank) : "memory");
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
@@ -49,40 +47,29 @@ __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
     } while (!done);
 }
 
-__device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int column, int row, u32 bar) {
+// CHUNKS tiles of 64 columns each, one behind the other.
+__device__ __forceinline__ void copy_tiles(u32 to, const TensorMap* map, int row, int chunk, u32 bar) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
-        "l"(map), "r"(bar), "r"(column), "r"(row) : "memory");
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+        "l"(map), "r"(bar), "r"(0), "r"(row), "r"(chunk) : "memory");
 }
 
-__device__ __forceinline__ void copy_tile_to_all(u32 to, const TensorMap* map, int column, int row, u32 bar) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(to),
-        "l"(map), "r"(bar), "h"((u16)((1 << CLUSTER) - 1)), "r"(column), "r"(row) : "memory");
+__device__ __forceinline__ u32 of_peer(u32 address, u32 rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
 }
 
 // A tile of rows of 128 bytes, swizzled; rows are eight to 1,024 bytes.
 __device__ __forceinline__ u64 matrix(u32 address) { return (u64)((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }
 
-// Without release: what was written before is not for others.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_arrive_with_writes() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-__device__ __forceinline__ float4 read_sums(u32 address, u32 rank) {
+__device__ __forceinline__ float4 read_sums(u32 address) {
     float4 v;
-    if (SPLIT) {
-        u32 there;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there) : "memory");
-    } else {
-        asm volatile("ld.shared::cta.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
-    }
+    asm volatile("ld.shared::cta.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
     return v;
 }
 
@@ -120,63 +107,53 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) cluster_linear(
     long long out_stride, int scale_parts, int rows, int n, int k, float eps) {
     extern __shared__ unsigned char memory[];
     const u32 stages = (shared_address(memory) + 1023) & ~1023u;
-    const u32 full = stages + STAGES * STAGE_BYTES, empty = full + 8 * STAGES, factors = empty + 8 * STAGES;
-    const int warp = threadIdx.x / 32, rank = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0;
-    const int n_tile = SPLIT ? blockIdx.x / CLUSTER : blockIdx.x;
+    const u32 sums = CLUSTER > 1 ? stages + STAGES * STAGE_BYTES : stages;  // [CLUSTER, SLICE, PITCH]
+    const u32 full = max(stages + STAGES * STAGE_BYTES, sums + 4 * BM * PITCH), empty = full + 8 * STAGES;
+    const u32 arrived = empty + 8 * STAGES, factors = arrived + 8;
+    const int warp = threadIdx.x / 32, rank = blockIdx.x % CLUSTER, n_tile = blockIdx.x / CLUSTER;
     const int m0 = blockIdx.y * BM, n0 = n_tile * OUT_N;
-    const int all_steps = (k + BK - 1) / BK, share = SPLIT ? (all_steps + CLUSTER - 1) / CLUSTER : all_steps;
-    const int first = SPLIT ? rank * share : 0;
-    const int steps = SPLIT ? max(0, min(share, all_steps - first)) : all_steps;
-    const bool starts_copies = warp == 4 * GROUPS && threadIdx.x % 32 == 0;
+    const int all_steps = (k / 64 + CHUNKS - 1) / CHUNKS, share = (all_steps + CLUSTER - 1) / CLUSTER;
+    const int first = rank * share, steps = max(0, min(share, all_steps - first));
 
     auto copy_weights = [&](int step) {
         const u32 stage = step % STAGES, to = stages + stage * STAGE_BYTES + X_BYTES, bar = full + 8 * stage;
         barrier_expect(bar, STAGE_BYTES);
-        copy_tile(to, &w_map, (first + step) * BK, n0, bar);
-        if (SILU) copy_tile(to + W_BYTES / 2, &w_map, (first + step) * BK, n + n0, bar);
+        copy_tiles(to, &w_map, n0, (first + step) * CHUNKS, bar);
+        if (SILU) copy_tiles(to + W_BYTES / 2, &w_map, n + n0, (first + step) * CHUNKS, bar);
     };
+    const bool starts_copies = threadIdx.x == CONSUMERS;
     if (starts_copies) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, GROUPS * (SPLIT ? 1 : CLUSTER));
+            barrier_init(empty + 8 * i, GROUPS);
         }
+        barrier_init(arrived, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         for (int i = 0; i < min(STAGES, steps); i++) copy_weights(i);  // they depend on nothing
+        barrier_expect(arrived, BM * BN * 4);
+        asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
     }
     __syncwarp();
     if (CLUSTER > 1) {
-        cluster_arrive();
-        cluster_wait();
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
     } else {
         __syncthreads();
     }
     wait_for_previous();
     let_next_start();
 
-    if (warp == 4 * GROUPS) {
+    if (warp == CONSUMERS / 32) {
         if (starts_copies) {
             for (int i = 0; i < steps; i++) {
-                const u32 stage = i % STAGES, to = stages + stage * STAGE_BYTES, bar = full + 8 * stage;
+                const u32 stage = i % STAGES;
                 if (i >= STAGES) {
                     barrier_wait(empty + 8 * stage, (i / STAGES - 1) & 1);
                     copy_weights(i);
                 }
-                if (SPLIT || CLUSTER == 1) {
-                    copy_tile(to, &x_map, (first + i) * BK, m0, bar);
-                } else {
-                    copy_tile_to_all(to + rank * (X_BYTES / CLUSTER), &x_map, i * BK, m0 + rank * (BM / CLUSTER), bar);
-                }
+                copy_tiles(stages + stage * STAGE_BYTES, &x_map, m0, (first + i) * CHUNKS, full + 8 * stage);
             }
-        }
-        __syncwarp();
-        if (SPLIT) {
-            cluster_arrive();
-            cluster_wait();
-        }
-        if (CLUSTER > 1) {
-            cluster_arrive();
-            cluster_wait();
         }
         return;
     }
@@ -195,52 +172,54 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) cluster_linear(
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) acc[i] = 0.f;
     for (int i = 0; i < steps; i++) {
-        const u32 stage = i % STAGES, x = stages + stage * STAGE_BYTES + group * (64 * BK * 2);
+        const u32 stage = i % STAGES, x = stages + stage * STAGE_BYTES + group * (64 * 128);
+        const u32 w = stages + stage * STAGE_BYTES + X_BYTES;
         barrier_wait(full + 8 * stage, (i / STAGES) & 1);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int part = 0; part < BK / 16; part++) {
-            const u64 a = matrix(x + 32 * part), b = matrix(stages + stage * STAGE_BYTES + X_BYTES + 32 * part);
-            WGMMA(acc, a, b);
+        for (int part = 0; part < 4 * CHUNKS; part++) {
+            const int chunk = part / 4, at = 32 * (part % 4);
+            const u64 a = matrix(x + chunk * X_CHUNK + at);
+            WGMMA(acc, a, matrix(w + chunk * W_CHUNK + at));
+            if (SILU) WGMMA((acc + BN / 4), a, matrix(w + W_BYTES / 2 + chunk * W_CHUNK + at));
         }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        // What is not filled again needs no word, and whoever would get it may have ended.
-        if (i > 0 && i - 1 + STAGES < steps && threadIdx.x % 128 == 0) {
-            const u32 before = empty + 8 * ((i - 1) % STAGES);
-            for (int peer = 0; peer < (SPLIT ? 1 : CLUSTER); peer++) barrier_arrive(before, SPLIT ? rank : peer);
-        }
+        if (i > 0 && i - 1 + STAGES < steps && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * ((i - 1) % STAGES));
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 
-    // The sums go through shared memory, so that a thread has four outputs of a row, and of a cut product everyone's.
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");  // all have multiplied: the stages are free
+    // The sums go through shared memory: a thread then has four outputs of a row, and everyone's of them.
+    if (CLUSTER == 1) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");  // all have multiplied: the stages are free
 #pragma unroll
-    for (int j = 0; j < BN / 8; j++) {
+    for (int half = 0; half < 2; half++) {
+        const int row = 64 * group + 16 * (warp % 4) + lane / 4 + 8 * half;
+        const u32 line = sums + 4 * ((CLUSTER > 1 ? rank * SLICE + row % SLICE : row) * PITCH + 2 * (lane % 4));
+        const u32 there = CLUSTER > 1 ? of_peer(line, row / SLICE) : line, told = CLUSTER > 1 ? of_peer(arrived, row / SLICE) : 0;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = 64 * group + 16 * (warp % 4) + lane / 4 + 8 * half, column = 8 * j + 2 * (lane % 4);
-            asm volatile("st.shared::cta.v2.f32 [%0], {%1, %2};" ::"r"(stages + 4 * (row * PITCH + column)),
-                         "f"(acc[4 * j + 2 * half]), "f"(acc[4 * j + 2 * half + 1]) : "memory");
+        for (int j = 0; j < BN / 8; j++) {
+            const float left = acc[4 * j + 2 * half], right = acc[4 * j + 2 * half + 1];
+            if (CLUSTER > 1) {
+                asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(there + 32 * j),
+                             "f"(left), "f"(right), "r"(told) : "memory");
+            } else {
+                asm volatile("st.shared::cta.v2.f32 [%0], {%1, %2};" ::"r"(there + 32 * j), "f"(left), "f"(right) : "memory");
+            }
         }
     }
-    if (SPLIT) {
-        cluster_arrive_with_writes();
-        cluster_wait();
-    } else {
-        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-    }
+    if (CLUSTER == 1 || SCALED) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+    if (CLUSTER > 1) barrier_wait(arrived, 0);
     for (int place = threadIdx.x; place < SLICE * LANES; place += CONSUMERS) {
-        const int in_tile = (SPLIT ? rank * SLICE : 0) + place / LANES, row = m0 + in_tile;
+        const int in_slice = place / LANES, in_tile = rank * SLICE + in_slice, row = m0 + in_tile;
         const int column = 4 * (place % LANES), j = n0 + column;
-        const u32 at = stages + 4 * (in_tile * PITCH + column);
         float y[4] = {0.f, 0.f, 0.f, 0.f}, up[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int peer = 0; peer < (SPLIT ? CLUSTER : 1); peer++) {
-            const float4 v = read_sums(at, peer);
+        for (int peer = 0; peer < CLUSTER; peer++) {
+            const u32 at = sums + 4 * ((peer * SLICE + in_slice) * PITCH + column);
+            const float4 v = read_sums(at);
             y[0] += v.x, y[1] += v.y, y[2] += v.z, y[3] += v.w;
             if (SILU) {
-                const float4 u = read_sums(at + 4 * OUT_N, peer);
+                const float4 u = read_sums(at + 4 * OUT_N);
                 up[0] += u.x, up[1] += u.y, up[2] += u.z, up[3] += u.w;
             }
         }
@@ -268,15 +247,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) cluster_linear(
             }
 #pragma unroll
             for (int far = LANES / 2; far > 0; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
-            if (column == 0 && row < rows) squares[row * (SPLIT ? gridDim.x / CLUSTER : gridDim.x) + n_tile] = sum;
+            if (column == 0 && row < rows) squares[row * (gridDim.x / CLUSTER) + n_tile] = sum;
         }
         if (inside) {
             const uint2 value = {pack(y[0], y[1]), pack(y[2], y[3])};
             *(uint2*)(out + row * out_stride + j) = value;
         }
-    }
-    if (CLUSTER > 1) {  // others may still read these sums, or bring rows here
-        cluster_arrive();
-        cluster_wait();
     }
 }

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-BLOCK_K = 64
 SOURCE = Path(__file__).with_name("cluster_linear.cu")
 
 
@@ -26,30 +25,32 @@ class ClusterConfig:
     Attributes:
         block_m: Rows of a tile, 64 or 128.
         block_n: Weight rows of a tile, a multiple of 8; of a gated MLP (a multiple of 16) half of them gate, half up.
-        stages: Depth of the load pipeline, of 64 inputs each.
-        cluster: Programs that share their loads of ``x``, or a tile's inputs: 1, 2, 4 or 8.
-        split: They share a tile's inputs.
+        chunks: Of 64 inputs each, that one copy brings.
+        stages: Depth of the load pipeline, in such copies.
+        cluster: Programs that share a tile's inputs: 1, 2, 4 or 8.
     """
 
     block_m: int = 64
     block_n: int = 32
-    stages: int = 8
+    chunks: int = 2
+    stages: int = 4
     cluster: int = 4
-    split: bool = False
 
 
 def shared_bytes(config: ClusterConfig) -> int:
     """Shared memory of a program."""
-    stages = config.stages * (config.block_m + config.block_n) * BLOCK_K * 2
-    return max(stages, config.block_m * (config.block_n + 4) * 4) + 16 * config.stages + 4 * config.block_m + 1024
+    stages = config.stages * config.chunks * (config.block_m + config.block_n) * 128
+    sums = config.block_m * (config.block_n + 4) * 4
+    return (stages + sums if config.cluster > 1 else max(stages, sums)) + 16 * config.stages + 8 + 4 * config.block_m + 1024
 
 
 def source(config: ClusterConfig, dtype: torch.dtype, silu: bool, scaled: bool, residual: bool) -> str:
     """The program's text."""
-    values = config.block_n // 2
+    columns = config.block_n // (2 if silu else 1)
+    values = columns // 2
     kind = "bf16" if dtype == torch.bfloat16 else "f16"
     product = (
-        f"wgmma.mma_async.sync.aligned.m64n{config.block_n}k16.f32.{kind}.{kind} "
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
         f"{{{', '.join(f'%{i}' for i in range(values))}}}, %{values}, %{values + 1}, p, 1, 1, 0, 0;"
     )
     outputs = ", ".join(f'\\"+f\\"(d[{i}])'.replace("\\", "") for i in range(values))
@@ -57,9 +58,9 @@ def source(config: ClusterConfig, dtype: torch.dtype, silu: bool, scaled: bool, 
         "ELEMENT_IS_BF16": int(dtype == torch.bfloat16),
         "BM": config.block_m,
         "BN": config.block_n,
+        "CHUNKS": config.chunks,
         "STAGES": config.stages,
         "CLUSTER": config.cluster,
-        "SPLIT": int(config.split),
         "SILU": int(silu),
         "SCALED": int(scaled),
         "RESIDUAL": int(residual),
@@ -118,20 +119,21 @@ def _function(config: ClusterConfig, dtype: torch.dtype, silu: bool, scaled: boo
     return function
 
 
-def _tensor_map(x: torch.Tensor, box_rows: int) -> Any:
-    """How the copy engine reads tiles of a matrix, 64 columns wide."""
+def _tensor_map(x: torch.Tensor, rows: int, chunks: int) -> Any:
+    """How the copy engine reads ``chunks`` tiles of ``rows`` rows and 64 columns, side by side in the matrix."""
     from cuda.bindings import driver
 
     types = driver.CUtensorMapDataType
+    size, steps = x.element_size(), (64, x.stride(0))
     return _check(
         driver.cuTensorMapEncodeTiled(
             types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if x.dtype == torch.bfloat16 else types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            2,
+            3,
             x.data_ptr(),
-            [driver.cuuint64_t(x.shape[1]), driver.cuuint64_t(x.shape[0])],
-            [driver.cuuint64_t(x.stride(0) * 2)],
-            [driver.cuuint32_t(BLOCK_K), driver.cuuint32_t(box_rows)],
-            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            [driver.cuuint64_t(each) for each in (64, x.shape[0], x.shape[1] // 64)],
+            [driver.cuuint64_t(each * size) for each in reversed(steps)],
+            [driver.cuuint32_t(each) for each in (64, rows, chunks)],
+            [driver.cuuint32_t(1)] * 3,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -142,8 +144,7 @@ def _tensor_map(x: torch.Tensor, box_rows: int) -> Any:
 
 def n_tiles(config: ClusterConfig, n: int, silu: bool) -> int:
     """Tiles along the outputs: parts of a row's sum of squares."""
-    tiles = -(-n // (config.block_n // (2 if silu else 1)))
-    return tiles if config.split else -(-tiles // config.cluster) * config.cluster
+    return -(-n // (config.block_n // (2 if silu else 1)))
 
 
 def launch_cluster(
@@ -166,8 +167,8 @@ def launch_cluster(
     (rows, k), n = x.shape, out.shape[1]
     function = _function(config, x.dtype, silu, scale is not None, residual is not None, x.device.index or 0)
     maps = (
-        _tensor_map(x, config.block_m // (1 if config.split else config.cluster)),
-        _tensor_map(weight, config.block_n // (2 if silu else 1)),
+        _tensor_map(x, config.block_m, config.chunks),
+        _tensor_map(weight, config.block_n // (2 if silu else 1), config.chunks),
     )
 
     def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -185,7 +186,7 @@ def launch_cluster(
     addresses = [*(each.getPtr() for each in maps), *(ctypes.addressof(each) for each in values)]
     parameters = (ctypes.c_void_p * len(addresses))(*addresses)
     launch = driver.CUlaunchConfig()
-    launch.gridDimX = n_tiles(config, n, silu) * (config.cluster if config.split else 1)
+    launch.gridDimX = n_tiles(config, n, silu) * config.cluster
     launch.gridDimY, launch.gridDimZ = -(-rows // config.block_m), 1
     launch.blockDimX, launch.blockDimY, launch.blockDimZ = 2 * config.block_m + 32, 1, 1
     launch.sharedMemBytes = shared_bytes(config)
