@@ -1,5 +1,6 @@
 """Correctness and time of cluster products."""
 import sys, itertools, traceback
+from dataclasses import replace
 sys.path.insert(0, ".wt/cluster/benchmarks")
 import torch
 import tune_linear as T
@@ -8,6 +9,15 @@ from vllm_model.kernels.cluster_linear import ClusterConfig as C
 from vllm_model.kernels.linear import LinearConfig, Scaled, linear, linear_residual, linear_reference
 from vllm_model.kernels.linear_table import choose_linear
 torch.manual_seed(0)
+def roomy(*shape):
+    from vllm_model.kernels._launch import with_room
+    out = with_room(torch.empty(0, device="cuda", dtype=torch.bfloat16), *shape)
+    return out.copy_(torch.randn(*shape, device="cuda"))
+init = T.Case.__init__
+def new_init(self, name, rows, n, k, copies):
+    init(self, name, rows, n, k, copies)
+    self.x = roomy(rows, k); self.scaled = Scaled(self.x, self.scaled.squares)
+T.Case.__init__ = new_init
 def err(a, b): return ((a.double() - b.double()).norm() / b.double().norm()).item()
 def check(rows, n, k, conf, silu=False, residual=False, scaled=True, dtype=torch.bfloat16):
     x = torch.randn(rows, k, device="cuda").to(dtype); w = (torch.randn(n * (2 if silu else 1), k, device="cuda") * k ** -0.5).to(dtype)
@@ -37,9 +47,10 @@ print("fp16", f"{check(64, 4096, 1024, C(64, 32, 2, 4, 4), dtype=torch.float16):
 mode = sys.argv[1]
 combos = [(1, 4), (2, 2), (2, 3), (2, 4), (4, 2), (4, 3)]
 def grid(bms, bns, combos, clusters): return [C(m, n, *cs, c) for m in bms for n in bns for cs in combos for c in clusters]
+AHEADS = {"0.6B": (16,), "8B": (0, 2, 6, 12)}
 cand = {
- "0.6B": {"qkv": grid((64, 128), (32, 64, 128), combos, (1, 2, 4, 8)), "o": grid((64, 128), (32, 64), combos, (2, 4, 8)), "gate_up": grid((64, 128), (64, 96, 128, 192), combos, (1, 2, 4, 8))},
- "8B": {"qkv": grid((64, 128), (48, 96, 192), combos[1:], (1, 2, 4)), "o": grid((64, 128), (32, 64, 128), combos[1:], (1, 2, 4)), "gate_up": grid((64, 128), (96, 192), combos[1:], (1, 2, 4))}}
+ "0.6B": {"qkv": grid((64, 128), (32, 64), combos, (1, 2)), "o": grid((64, 128), (32, 64), combos, (2, 4, 8)), "gate_up": grid((64, 128), (48, 64, 96), combos, (1, 2))},
+ "8B": {"qkv": grid((64, 128), (48, 96), combos[1:], (1, 2)), "o": grid((64, 128), (32, 64), combos[1:], (1, 2)), "gate_up": grid((64, 128), (96, 192), combos[1:], (1, 2))}}
 from vllm_model.kernels.cluster_linear import shared_bytes
 from concurrent.futures import ThreadPoolExecutor
 from vllm_model.kernels import cluster_linear as cl
@@ -52,7 +63,7 @@ with ThreadPoolExecutor(16) as pool: done = list(pool.map(cl.compiled, todo))
 print("compiled", len(todo), "in", round(time.time() - t0, 1), flush=True)
 known = {}
 for model in mode.split(","):
-    for rows in (64, 128, 16, 80, 96) if model == "0.6B" else (64, 128, 96):
+    for rows in (64, 128, 16, 32, 80, 96) if model == "0.6B" else (64, 128, 32, 80):
         best = {}
         for name, (n, k) in T.products(model).items():
             moved = n * k * 2 * (2 if name == "gate_up" else 1)
@@ -66,6 +77,11 @@ for model in mode.split(","):
                 if rows in (64, 128) and not 60 <= ctas <= 530: continue
                 try: times.append((case.time(conf), conf))
                 except Exception as e: print(name, rows, conf, repr(e)[:100])
+            times.sort(key=lambda t: t[0])
+            for _, conf in times[:4]:
+                for ahead in AHEADS[model]:
+                    try: times.append((case.time(replace(conf, ahead=ahead)), replace(conf, ahead=ahead)))
+                    except Exception as e: print(name, rows, conf, repr(e)[:100])
             times.sort(key=lambda t: t[0]); best[name] = times[0][1]; known[name, rows] = [c for _, c in times]
             own = choose_linear(rows, n, k, name == "gate_up")
             print(f"{model} {name} {rows}: library {case.library():.2f} own {case.time(own) if own else 0:.2f} floor {moved / 4.24e6:.2f} | " + "  ".join(f"{u:.2f} {tuple(vars(c).values())}" for u, c in times[:7]), flush=True)

@@ -55,6 +55,22 @@ def launch_options(pdl: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if pdl else {}
 
 
+ROOM = 64
+"""Rows of whole tiles of the copy engine."""
+
+
+def with_room(like: torch.Tensor, rows: int, *shape: int) -> torch.Tensor:
+    """A new tensor ``[rows, *shape]`` in memory for whole tiles of rows: copies that pass an edge are slow on Hopper."""
+    return like.new_empty(-(-rows // ROOM) * ROOM, *shape)[:rows]
+
+
+def rows_with_room(x: torch.Tensor, tile: int) -> int:
+    """Rows of the matrix ``x`` with those behind them in its memory, up to a whole tile; what stands there is anything."""
+    whole = -(-len(x) // tile) * tile
+    end = x.storage_offset() + (whole - 1) * x.stride(0) + x.shape[1]
+    return whole if end * x.element_size() <= x.untyped_storage().nbytes() else len(x)
+
+
 def power_of_two(value: int) -> int:
     """The smallest power of two that is at least ``value`` (and at least 1)."""
     return 1 << max(value - 1, 0).bit_length()

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from vllm_model.kernels._launch import rows_with_room
+
 SOURCE = Path(__file__).with_name("cluster_linear.cu")
 
 
@@ -28,6 +30,7 @@ class ClusterConfig:
         chunks: Of 64 inputs each, that one copy brings.
         stages: Depth of the load pipeline, in such copies.
         cluster: Programs that share a tile's inputs: 1, 2, 4 or 8.
+        ahead: Copies of weights besides those of the stages that are brought into the second-level cache at once.
     """
 
     block_m: int = 64
@@ -35,6 +38,7 @@ class ClusterConfig:
     chunks: int = 2
     stages: int = 4
     cluster: int = 4
+    ahead: int = 0
 
 
 def shared_bytes(config: ClusterConfig) -> int:
@@ -61,6 +65,7 @@ def source(config: ClusterConfig, dtype: torch.dtype, silu: bool, scaled: bool, 
         "CHUNKS": config.chunks,
         "STAGES": config.stages,
         "CLUSTER": config.cluster,
+        "AHEAD": config.ahead,
         "SILU": int(silu),
         "SCALED": int(scaled),
         "RESIDUAL": int(residual),
@@ -130,7 +135,7 @@ def _tensor_map(x: torch.Tensor, rows: int, chunks: int) -> Any:
             types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if x.dtype == torch.bfloat16 else types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             3,
             x.data_ptr(),
-            [driver.cuuint64_t(each) for each in (64, x.shape[0], x.shape[1] // 64)],
+            [driver.cuuint64_t(each) for each in (64, rows_with_room(x, rows), x.shape[1] // 64)],
             [driver.cuuint64_t(each * size) for each in reversed(steps)],
             [driver.cuuint32_t(each) for each in (64, rows, chunks)],
             [driver.cuuint32_t(1)] * 3,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, rows_with_room, wait_for_previous, with_room
 from vllm_model.kernels.cluster_linear import ClusterConfig, launch_cluster
 from vllm_model.kernels.cluster_linear import n_tiles as cluster_tiles
 
@@ -225,7 +225,7 @@ def linear(
     plain = x.x if isinstance(x, Scaled) else x
     n = weight.shape[0] // (2 if silu else 1)
     if out is None:
-        out = plain.new_empty(len(plain), n)
+        out = with_room(plain, len(plain), n)
     _launch(x, weight, config, out, None, None, None, silu, eps, workspace, pdl)
     return out
 
@@ -257,7 +257,7 @@ def linear_residual(
     rows, n = residual.shape
     parts = cluster_tiles(config, n, False) if isinstance(config, ClusterConfig) else triton.cdiv(n, config.block_n)
     squares = torch.empty(rows, parts, dtype=torch.float32, device=x.device)
-    out = torch.empty_like(residual)
+    out = with_room(residual, rows, n)
     _launch(x, weight, config, out, residual, norm_weight, squares, False, 0.0, workspace, pdl)
     return Scaled(out, squares)
 
@@ -293,7 +293,7 @@ def _launch(
     launch(
         _linear_kernel,
         (m_tiles, n_tiles, config.split_k),
-        TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+        TensorDescriptor(x, [rows_with_room(x, config.block_m), k], list(x.stride()), [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
         weight,
         scale,
