@@ -23,6 +23,7 @@ struct alignas(64) TensorMap { u64 words[16]; };
 #define PITCH (BN + 4)                     // floats of a row of sums in shared memory
 #define LANES (OUT_N / 4)                  // threads of a row behind the products: four outputs each
 #define SLICE (BM / CLUSTER)               // rows that one program of a cluster adds up
+#define PLACES ((SLICE * LANES + CONSUMERS - 1) / CONSUMERS)
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -168,14 +169,36 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) cluster_linear(
     }
 
     const int group = warp / 4, lane = threadIdx.x % 32;
-    if (SCALED) {  // two threads a row
-        const int row = threadIdx.x / 2;
-        float sum = 0.f;
-        if (m0 + row < rows)
-            for (int part = threadIdx.x % 2; part < scale_parts; part += 2) sum += scale[(m0 + row) * scale_parts + part];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        if (threadIdx.x % 2 == 0)
-            asm volatile("st.shared::cta.f32 [%0], %1;" ::"r"(factors + 4 * row), "f"(rsqrtf(sum / k + eps)) : "memory");
+    if (SCALED) {  // eight threads a row, with many loads under way
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+        const int in_tile = 64 * group + 16 * (warp % 4) + lane / 8;
+        for (int start = 0; start < scale_parts; start += 32) {
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const int part = start + lane % 8 + 8 * (i % 4), row = m0 + in_tile + 4 * (i / 4);
+                if (part < scale_parts && row < rows) sum[i / 4] += scale[row * scale_parts + part];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int far = 4; far > 0; far /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], far);
+            if (lane % 8 == 0) {
+                const float factor = rsqrtf(sum[i] / k + eps);
+                asm volatile("st.shared::cta.f32 [%0], %1;" ::"r"(factors + 4 * (in_tile + 4 * i)), "f"(factor) : "memory");
+            }
+        }
+    }
+    // What the end needs is asked for now.
+    uint2 old[PLACES], weight[PLACES];
+    if (RESIDUAL) {
+#pragma unroll
+        for (int i = 0; i < PLACES; i++) {
+            const int place = threadIdx.x + i * CONSUMERS, row = m0 + rank * SLICE + place / LANES, j = n0 + 4 * (place % LANES);
+            const bool inside = place < SLICE * LANES && row < rows && j < n;
+            old[i] = inside ? *(const uint2*)(residual + (long long)row * n + j) : uint2{0u, 0u};
+            weight[i] = inside ? *(const uint2*)(norm + j) : uint2{0u, 0u};
+        }
     }
     float acc[BN / 2];
 #pragma unroll
@@ -218,7 +241,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) cluster_linear(
     }
     if (CLUSTER == 1 || SCALED) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
     if (CLUSTER > 1) barrier_wait(arrived, 0);
-    for (int place = threadIdx.x; place < SLICE * LANES; place += CONSUMERS) {
+#pragma unroll
+    for (int pass = 0; pass < PLACES; pass++) {
+        const int place = threadIdx.x + pass * CONSUMERS;
+        if (place >= SLICE * LANES) break;  // whole warps, where they exchange anything
         const int in_slice = place / LANES, in_tile = rank * SLICE + in_slice, row = m0 + in_tile;
         const int column = 4 * (place % LANES), j = n0 + column;
         float y[4] = {0.f, 0.f, 0.f, 0.f}, up[4] = {0.f, 0.f, 0.f, 0.f};
@@ -245,14 +271,13 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) cluster_linear(
             uint2 rounded = {0u, 0u};
             if (inside) {
                 uint2* here = (uint2*)(residual + (long long)row * n + j);
-                const uint2 old = *here, weight = *(const uint2*)(norm + j);
                 // Rounded before it is normalised, as in the residual stream.
-                rounded.x = pack(y[0] + low(old.x), y[1] + high(old.x));
-                rounded.y = pack(y[2] + low(old.y), y[3] + high(old.y));
+                rounded.x = pack(y[0] + low(old[pass].x), y[1] + high(old[pass].x));
+                rounded.y = pack(y[2] + low(old[pass].y), y[3] + high(old[pass].y));
                 *here = rounded;
                 y[0] = low(rounded.x), y[1] = high(rounded.x), y[2] = low(rounded.y), y[3] = high(rounded.y);
                 sum = y[0] * y[0] + y[1] * y[1] + y[2] * y[2] + y[3] * y[3];
-                y[0] *= low(weight.x), y[1] *= high(weight.x), y[2] *= low(weight.y), y[3] *= high(weight.y);
+                y[0] *= low(weight[pass].x), y[1] *= high(weight[pass].x), y[2] *= low(weight[pass].y), y[3] *= high(weight[pass].y);
             }
 #pragma unroll
             for (int far = LANES / 2; far > 0; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
