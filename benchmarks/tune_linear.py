@@ -143,7 +143,7 @@ class Layers:
                 pdl=pdl,
             )
             stream.add(q.view(len(q), -1), layer["o"], self.norm)
-            inner = stream.read(layer["gate_up"], self.norm, silu=True)
+            inner = stream.read(layer["gate_up"], self.norm, silu=True, following=layer["down"])
             stream.add(inner, layer["down"], self.norm)
 
     def time(self, choice: Choice, pdl: bool = True) -> float:

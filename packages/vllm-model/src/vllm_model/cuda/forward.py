@@ -113,7 +113,8 @@ class Forward:
                 attended = attended[keep]
                 stream.keep(keep)
             stream.add(attended, layer.o, layer.post_norm)
-            stream.add(stream.read(layer.gate_up, layer.post_norm, silu=True), layer.down, next_norm)
+            inner = stream.read(layer.gate_up, layer.post_norm, silu=True, following=layer.down)
+            stream.add(inner, layer.down, next_norm)
         return stream.total()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,31 @@ def wait_for_previous(PDL: tl.constexpr):  # noqa: N803  constexpr arguments are
         tl.extra.cuda.gdc_launch_dependents()
 
 
+AHEAD_BYTES = 8 << 20
+"""Of the weights that the next kernel reads, what is brought into the second-level cache while memory is idle."""
+
+
+@triton.jit
+def bring_near(pointer, each, total, program, THREADS: tl.constexpr):  # noqa: N803
+    """Ask for bytes behind ``pointer``: ``each`` (a multiple of 16) by every thread of every program, ``total`` in all."""
+    at = (program * THREADS + tl.arange(0, THREADS)).to(tl.int64) * each
+    size = tl.minimum(tl.maximum(total - at, 0), each).to(tl.int32)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.ne.s32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [pointer.to(tl.int64) + at, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+def share_of_ahead(ahead: torch.Tensor | None, threads: int) -> tuple[int, int]:
+    """What :func:`bring_near` asks for by each of so many threads, and in all."""
+    total = 0 if ahead is None else min(ahead.numel() * ahead.element_size(), AHEAD_BYTES) // 16 * 16
+    return -(-total // (16 * threads)) * 16, total
+
+
 def launch_options(pdl: bool) -> dict[str, bool]:
     """Launch keywords; Triton's interpreter knows no ``launch_pdl``, so it is named only where it is wanted."""
     return {"launch_pdl": True} if pdl else {}
@@ -66,7 +91,7 @@ def with_room(like: torch.Tensor, rows: int, *shape: int) -> torch.Tensor:
 
 def rows_with_room(x: torch.Tensor, tile: int) -> int:
     """Rows of the matrix ``x`` with those behind them in its memory, up to a whole tile; what stands there is anything."""
-    whole = -(-len(x) // tile) * tile
+    whole = -(-len(x) // tile) * tile if x.is_cuda else len(x)  # the interpreter warns of what stands there
     end = x.storage_offset() + (whole - 1) * x.stride(0) + x.shape[1]
     return whole if end * x.element_size() <= x.untyped_storage().nbytes() else len(x)
 
