@@ -5,7 +5,7 @@ import torch
 import tune_linear as T
 from vllm_model.kernels import _launch as L
 from vllm_model.kernels.linear_table import choose_linear
-for model, rows_ in (("8B", (32, 64, 96, 128, 192, 256)), ("0.6B", (160, 256))):
+for model, rows_ in (("8B", (64, 128, 256)), ("0.6B", (256,))):
     for rows in rows_:
         layers = T.Layers(model, rows); shapes = T.products(model)
         now = {shapes[name]: c for name in shapes if (c := choose_linear(rows, *shapes[name], name == "gate_up"))}

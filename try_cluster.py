@@ -68,7 +68,7 @@ def spread(times):
     for u, c in times: seen.setdefault((c.cluster, c.block_n), (u, c))
     return " ".join(f"{u:.2f} {tuple(vars(c).values())}" for u, c in list(seen.values())[:6])
 for model in mode.split(","):
-    for rows in (64, 128, 32, 96) if model == "0.6B" else (64,):
+    for rows in (64, 128, 32) if model == "0.6B" else (64,):
         best = {}
         for name, (n, k) in T.products(model).items():
             moved = n * k * 2 * (2 if name == "gate_up" else 1)

@@ -57,10 +57,11 @@ AHEAD_BYTES = 8 << 20
 @triton.jit
 def bring_near(pointer, each, total, program, THREADS: tl.constexpr):  # noqa: N803
     """Ask for bytes behind ``pointer``: ``each`` (a multiple of 16) by every thread of every program, ``total`` in all."""
-    at = (program * THREADS + tl.arange(0, THREADS)).to(tl.int64) * each
+    at = program.to(tl.int64) * each + tl.zeros([1], tl.int64)
     size = tl.minimum(tl.maximum(total - at, 0), each).to(tl.int32)
     tl.inline_asm_elementwise(
-        "{ .reg .pred some; setp.ne.s32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ne.and.s32 p, $2, 0, p; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r",
         [pointer.to(tl.int64) + at, size],
         dtype=tl.int32,
@@ -72,7 +73,7 @@ def bring_near(pointer, each, total, program, THREADS: tl.constexpr):  # noqa: N
 def share_of_ahead(ahead: torch.Tensor | None, threads: int) -> tuple[int, int]:
     """What :func:`bring_near` asks for by each of so many threads, and in all."""
     total = 0 if ahead is None else min(ahead.numel() * ahead.element_size(), AHEAD_BYTES) // 16 * 16
-    return -(-total // (16 * threads)) * 16, total
+    return -(-total // (16 * max(threads, 1))) * 16, total
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:

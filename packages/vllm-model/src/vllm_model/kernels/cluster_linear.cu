@@ -14,6 +14,7 @@ struct alignas(64) TensorMap { u64 words[16]; };
 
 #define GROUPS (BM / 64)                   // warpgroups that multiply
 #define CONSUMERS (128 * GROUPS)
+#define SCALERS (SCALED ? BM : 0)          // threads that find the norms of rows meanwhile
 #define X_CHUNK (BM * 128)                 // bytes: 64 inputs are 128, the width of the swizzle
 #define OUT_N (SILU ? BN / 2 : BN)         // outputs of a tile
 #define W_CHUNK (OUT_N * 128)
@@ -102,7 +103,7 @@ __device__ __forceinline__ float low(u32 v) { return half_float((u16)v); }
 __device__ __forceinline__ float high(u32 v) { return half_float((u16)(v >> 16)); }
 #endif
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) cluster_linear(
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 32 + SCALERS, 1) cluster_linear(
     const __grid_constant__ TensorMap x_map,  // [rows, k]
     const __grid_constant__ TensorMap w_map,  // [n or 2 n, k]
     const float* scale,                       // [rows, scale_parts]: sums of squares of x before its norm's weight
@@ -167,28 +168,32 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) cluster_linear(
         }
         return;
     }
-
-    const int group = warp / 4, lane = threadIdx.x % 32;
-    if (SCALED) {  // eight threads a row, with many loads under way
-        float sum[4] = {0.f, 0.f, 0.f, 0.f};
-        const int in_tile = 64 * group + 16 * (warp % 4) + lane / 8;
-        for (int start = 0; start < scale_parts; start += 32) {
+    const int lane = threadIdx.x % 32;
+    if (warp > CONSUMERS / 32) {  // eight threads a row, with many loads under way
+        const int first_row = 32 * (warp - CONSUMERS / 32 - 1) + lane / 8;
 #pragma unroll
-            for (int i = 0; i < 16; i++) {
-                const int part = start + lane % 8 + 8 * (i % 4), row = m0 + in_tile + 4 * (i / 4);
-                if (part < scale_parts && row < rows) sum[i / 4] += scale[row * scale_parts + part];
+        for (int half = 0; half < 2; half++) {
+            float sum[4] = {0.f, 0.f, 0.f, 0.f};
+            for (int start = 0; start < scale_parts; start += 32) {
+#pragma unroll
+                for (int i = 0; i < 16; i++) {
+                    const int part = start + lane % 8 + 8 * (i % 4), row = m0 + first_row + 16 * half + 4 * (i / 4);
+                    if (part < scale_parts && row < rows) sum[i / 4] += scale[row * scale_parts + part];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+#pragma unroll
+                for (int far = 4; far > 0; far /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], far);
+                const u32 place = factors + 4 * (first_row + 16 * half + 4 * i);
+                if (lane % 8 == 0) asm volatile("st.shared::cta.f32 [%0], %1;" ::"r"(place), "f"(rsqrtf(sum[i] / k + eps)) : "memory");
             }
         }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-#pragma unroll
-            for (int far = 4; far > 0; far /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], far);
-            if (lane % 8 == 0) {
-                const float factor = rsqrtf(sum[i] / k + eps);
-                asm volatile("st.shared::cta.f32 [%0], %1;" ::"r"(factors + 4 * (in_tile + 4 * i)), "f"(factor) : "memory");
-            }
-        }
+        asm volatile("bar.arrive 2, %0;" ::"n"(CONSUMERS + SCALERS) : "memory");
+        return;
     }
+
+    const int group = warp / 4;
     // What the end needs is asked for now.
     uint2 old[PLACES], weight[PLACES];
     if (RESIDUAL) {
@@ -239,8 +244,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) cluster_linear(
             }
         }
     }
-    if (CLUSTER == 1 || SCALED) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+    if (CLUSTER == 1) asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
     if (CLUSTER > 1) barrier_wait(arrived, 0);
+    if (SCALED) asm volatile("bar.sync 2, %0;" ::"n"(CONSUMERS + SCALERS) : "memory");
 #pragma unroll
     for (int pass = 0; pass < PLACES; pass++) {
         const int place = threadIdx.x + pass * CONSUMERS;

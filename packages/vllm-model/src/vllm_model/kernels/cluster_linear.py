@@ -193,7 +193,7 @@ def launch_cluster(
     launch = driver.CUlaunchConfig()
     launch.gridDimX = n_tiles(config, n, silu) * config.cluster
     launch.gridDimY, launch.gridDimZ = -(-rows // config.block_m), 1
-    launch.blockDimX, launch.blockDimY, launch.blockDimZ = 2 * config.block_m + 32, 1, 1
+    launch.blockDimX, launch.blockDimY, launch.blockDimZ = (2 if scale is None else 3) * config.block_m + 32, 1, 1
     launch.sharedMemBytes = shared_bytes(config)
     launch.hStream = torch.cuda.current_stream(x.device).cuda_stream
     attributes = []

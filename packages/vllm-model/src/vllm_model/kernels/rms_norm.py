@@ -80,7 +80,7 @@ def rms_norm(
         out = with_room(x, tokens, width)
     block = power_of_two(width)
     warps = min(max(block // 512, 1), 16)
-    each, total = share_of_ahead(ahead, max(tokens, 1) * 32 * warps)
+    each, total = share_of_ahead(ahead, tokens)
     if tokens:
         launch(
             _rms_norm_kernel,

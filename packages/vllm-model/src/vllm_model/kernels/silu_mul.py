@@ -57,7 +57,7 @@ def silu_mul(x: torch.Tensor, out: torch.Tensor | None = None, *, ahead: torch.T
     warps = max(block // 256, 1)
     if tokens and width:
         grid = (tokens, triton.cdiv(width, block))
-        each, total = share_of_ahead(ahead, grid[0] * grid[1] * 32 * warps)
+        each, total = share_of_ahead(ahead, grid[0] * grid[1])
         launch(
             _silu_mul_kernel,
             grid,
