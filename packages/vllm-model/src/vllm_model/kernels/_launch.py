@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, attr-defined, misc"
 """What every launch shares."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +31,14 @@ def compiled_together(device: torch.device, workers: int = 16) -> Iterator[None]
             build_launchers({id(kernel): kernel for kernel in done}.values(), pool)
     finally:
         _COMPILING.reset(token)
+
+
+def take_down(job: Callable[[], object]) -> bool:
+    """Within :func:`compiled_together`: have ``job`` done with what is compiled, and launch nothing."""
+    compiling = _COMPILING.get()
+    if compiling is not None:
+        compiling.append(job)
+    return compiling is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="import-not-found, import-untyped, unused-ignore"
-"""Products of some 17 to 128 rows by clusters of multiprocessors of Hopper (``cluster_linear.cu``), compiled on first use.
+"""Products of few rows whose inputs are cut among a cluster of Hopper's multiprocessors (``cluster_linear.cu``).
 
-What such a product waits for is not memory but the second-level cache, from which every program reads all rows of the input.
-Programs of a cluster read a part each and hand it to all others, or cut the inputs and add up through each other's shared
-memory. Triton has neither, hence CUDA C++, compiled by NVRTC, which comes with torch for CUDA.
+Such a product takes some 4 us, of which reading its weights takes 1 or 2; the rest is one thing waiting for the other. Here
+weights come into shared memory before the kernel ahead has ended, a cluster's programs add up through each other's shared memory,
+and norms of rows and the residual are fetched meanwhile. Triton has no way to say that, hence CUDA C++, compiled by NVRTC within
+some 0.2 s. Torch for CUDA brings that and ``cuda.bindings``; without them, :mod:`~vllm_model.kernels.linear` has a way in Triton.
 """
 
 import ctypes
@@ -15,9 +16,10 @@ from typing import Any
 
 import torch
 
-from vllm_model.kernels._launch import rows_with_room
+from vllm_model.kernels._launch import rows_with_room, take_down
 
 SOURCE = Path(__file__).with_name("cluster_linear.cu")
+CUBIN = "cluster_linear.cubin"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def shared_bytes(config: ClusterConfig) -> int:
     return (stages + sums if config.cluster > 1 else max(stages, sums)) + 16 * config.stages + 8 + 4 * config.block_m + 1024
 
 
+@lru_cache(maxsize=256)
 def source(config: ClusterConfig, dtype: torch.dtype, silu: bool, scaled: bool, residual: bool) -> str:
     """The program's text."""
     columns = config.block_n // (2 if silu else 1)
@@ -57,7 +60,7 @@ def source(config: ClusterConfig, dtype: torch.dtype, silu: bool, scaled: bool, 
         f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
         f"{{{', '.join(f'%{i}' for i in range(values))}}}, %{values}, %{values + 1}, p, 1, 1, 0, 0;"
     )
-    outputs = ", ".join(f'\\"+f\\"(d[{i}])'.replace("\\", "") for i in range(values))
+    sums = ", ".join(f'"+f"(d[{i}])' for i in range(values))
     lines = {
         "ELEMENT_IS_BF16": int(dtype == torch.bfloat16),
         "BM": config.block_m,
@@ -69,13 +72,31 @@ def source(config: ClusterConfig, dtype: torch.dtype, silu: bool, scaled: bool, 
         "SILU": int(silu),
         "SCALED": int(scaled),
         "RESIDUAL": int(residual),
-        "WGMMA(d, a, b)": f'asm volatile("{{ .reg .pred p; setp.ne.b32 p, 1, 0; {product} }}" : {outputs} : "l"(a), "l"(b))',
+        "WGMMA(d, a, b)": f'asm volatile("{{ .reg .pred p; setp.ne.b32 p, 1, 0; {product} }}" : {sums} : "l"(a), "l"(b))',
     }
     return "".join(f"#define {name} {value}\n" for name, value in lines.items()) + SOURCE.read_text()
 
 
+@lru_cache(maxsize=1)
+def has_clusters() -> bool:
+    """Whether the compiler and the driver's interface are there: torch for CUDA brings both."""
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        return bool(_check(nvrtc.nvrtcVersion()) >= 12 and hasattr(driver, "cuTensorMapEncodeTiled"))
+    except Exception:  # not installed, without its library, or of another age: the products of Triton do as well
+        return False
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """What a call of CUDA returned behind its status."""
+    if int(result[0]):
+        raise RuntimeError(f"CUDA: {result[0]!r}")
+    return result[1] if len(result) > 1 else None
+
+
 def compiled(text: str) -> bytes:
-    """Machine code for compute capability 9.0a, from the cache of Triton's kernels if it is there.
+    """Machine code of a program for compute capability 9.0a, from Triton's cache on disk if it is there.
 
     Raises:
         RuntimeError: It does not compile.
@@ -83,68 +104,69 @@ def compiled(text: str) -> bytes:
     from cuda.bindings import nvrtc
     from triton.runtime.cache import get_cache_manager
 
-    def check(result: tuple[Any, ...]) -> Any:
-        if int(result[0]):
-            raise RuntimeError(f"NVRTC: {result[0]}")
-        return result[1] if len(result) > 1 else None
-
-    version = nvrtc.nvrtcVersion()
-    cache = get_cache_manager(hashlib.sha256(f"{version}{text}".encode()).hexdigest())
-    found = cache.get_file("cluster_linear.cubin")
+    cache = get_cache_manager(hashlib.sha256(f"{nvrtc.nvrtcVersion()}{text}".encode()).hexdigest())
+    found = cache.get_file(CUBIN)
     if found is not None:
         return Path(found).read_bytes()
-    program = check(nvrtc.nvrtcCreateProgram(text.encode(), b"cluster_linear.cu", 0, [], []))
+    program = _check(nvrtc.nvrtcCreateProgram(text.encode(), SOURCE.name.encode(), 0, [], []))
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(error):
-        log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
-        check(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"NVRTC: {log.decode()}")
-    code = b" " * check(nvrtc.nvrtcGetCUBINSize(program))
-    check(nvrtc.nvrtcGetCUBIN(program, code))
-    check(nvrtc.nvrtcDestroyProgram(program))
-    cache.put(code, "cluster_linear.cubin", binary=True)
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        _check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{SOURCE.name} does not compile: {log.decode()}")
+    code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    _check(nvrtc.nvrtcGetCUBIN(program, code))
+    _check(nvrtc.nvrtcDestroyProgram(program))
+    cache.put(code, CUBIN, binary=True)
     return code
 
 
-def _check(result: tuple[Any, ...]) -> Any:
-    if int(result[0]):
-        raise RuntimeError(f"CUDA: {result[0]}")
-    return result[1] if len(result) > 1 else None
-
-
 @lru_cache(maxsize=256)
-def _function(config: ClusterConfig, dtype: torch.dtype, silu: bool, scaled: bool, residual: bool, device: int) -> Any:
+def _function(text: str, shared: int, device: int) -> Any:
+    """The program on a device, which is the current one."""
     from cuda.bindings import driver
 
-    module = _check(driver.cuModuleLoadData(compiled(source(config, dtype, silu, scaled, residual))))
+    module = _check(driver.cuModuleLoadData(compiled(text)))
     function = _check(driver.cuModuleGetFunction(module, b"cluster_linear"))
     most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(driver.cuFuncSetAttribute(function, most, shared_bytes(config)))
+    _check(driver.cuFuncSetAttribute(function, most, shared))
     return function
 
 
-def _tensor_map(x: torch.Tensor, rows: int, chunks: int) -> Any:
-    """How the copy engine reads ``chunks`` tiles of ``rows`` rows and 64 columns, side by side in the matrix."""
+@lru_cache(maxsize=4096)
+def _tensor_map(dtype: torch.dtype, pointer: int, rows: int, columns: int, stride: int, box_rows: int, chunks: int) -> Any:
+    """How the copy engine reads ``chunks`` tiles of ``box_rows`` rows and 64 columns, side by side in a matrix."""
     from cuda.bindings import driver
 
-    types = driver.CUtensorMapDataType
-    size, steps = x.element_size(), (64, x.stride(0))
+    types, long, short = driver.CUtensorMapDataType, driver.cuuint64_t, driver.cuuint32_t
     return _check(
         driver.cuTensorMapEncodeTiled(
-            types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if x.dtype == torch.bfloat16 else types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == torch.bfloat16 else types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             3,
-            x.data_ptr(),
-            [driver.cuuint64_t(each) for each in (64, rows_with_room(x, rows), x.shape[1] // 64)],
-            [driver.cuuint64_t(each * size) for each in reversed(steps)],
-            [driver.cuuint32_t(each) for each in (64, rows, chunks)],
-            [driver.cuuint32_t(1)] * 3,
+            pointer,
+            [long(64), long(rows), long(columns // 64)],
+            [long(stride * dtype.itemsize), long(64 * dtype.itemsize)],
+            [short(64), short(box_rows), short(chunks)],
+            [short(1), short(1), short(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
+
+
+@lru_cache(maxsize=16)
+def _attributes(cluster: int, pdl: bool) -> list[Any]:
+    from cuda.bindings import driver
+
+    shape, early = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+    shape.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    shape.value.clusterDim.x, shape.value.clusterDim.y, shape.value.clusterDim.z = cluster, 1, 1
+    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    early.value.programmaticStreamSerializationAllowed = 1
+    return [shape, early] if pdl else [shape]
 
 
 def n_tiles(config: ClusterConfig, n: int, silu: bool) -> int:
@@ -166,45 +188,39 @@ def launch_cluster(
     eps: float,
     pdl: bool,
 ) -> None:
-    """Launch the product; arguments as of the kernels in :mod:`linear`, outputs a multiple of 8."""
+    """Launch a product; what is given as of :mod:`~vllm_model.kernels.linear`.
+
+    Raises:
+        ValueError: Inputs are no multiple of 64, outputs none of 8, or rows of ``out`` not of whole 16 bytes.
+    """
+    (rows, k), n = x.shape, out.shape[1]
+    if k % 64 or n % 8 or out.stride(0) % 8 or out.stride(1) != 1:
+        raise ValueError(f"no product by clusters of {tuple(x.shape)} with {tuple(weight.shape)}")
+    text = source(config, x.dtype, silu, scale is not None, residual is not None)
+    if take_down(lambda: compiled(text)):
+        return
     from cuda.bindings import driver
 
-    (rows, k), n = x.shape, out.shape[1]
-    function = _function(config, x.dtype, silu, scale is not None, residual is not None, x.device.index or 0)
+    function = _function(text, shared_bytes(config), x.device.index or 0)
+    box, chunks = config.block_n // (2 if silu else 1), config.chunks
     maps = (
-        _tensor_map(x, config.block_m, config.chunks),
-        _tensor_map(weight, config.block_n // (2 if silu else 1), config.chunks),
+        _tensor_map(x.dtype, x.data_ptr(), rows_with_room(x, config.block_m), k, x.stride(0), config.block_m, chunks),
+        _tensor_map(weight.dtype, weight.data_ptr(), len(weight), k, k, box, chunks),
     )
-
-    def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-        return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
-
     values = [
-        *(pointer(each) for each in (scale, residual, norm_weight, out, squares)),
+        *(ctypes.c_void_p(0 if each is None else each.data_ptr()) for each in (scale, residual, norm_weight, out, squares)),
         ctypes.c_longlong(out.stride(0)),
-        ctypes.c_int(1 if scale is None else scale.shape[1]),
-        ctypes.c_int(rows),
-        ctypes.c_int(n),
-        ctypes.c_int(k),
+        *(ctypes.c_int(each) for each in (1 if scale is None else scale.shape[1], rows, n, k)),
         ctypes.c_float(eps),
     ]
     addresses = [*(each.getPtr() for each in maps), *(ctypes.addressof(each) for each in values)]
-    parameters = (ctypes.c_void_p * len(addresses))(*addresses)
     launch = driver.CUlaunchConfig()
-    launch.gridDimX = n_tiles(config, n, silu) * config.cluster
-    launch.gridDimY, launch.gridDimZ = -(-rows // config.block_m), 1
-    launch.blockDimX, launch.blockDimY, launch.blockDimZ = (2 if scale is None else 3) * config.block_m + 32, 1, 1
+    launch.gridDimX, launch.gridDimY, launch.gridDimZ = n_tiles(config, n, silu) * config.cluster, -(-rows // config.block_m), 1
+    launch.blockDimX = (2 if scale is None else 3) * config.block_m + 32
+    launch.blockDimY = launch.blockDimZ = 1
     launch.sharedMemBytes = shared_bytes(config)
     launch.hStream = torch.cuda.current_stream(x.device).cuda_stream
-    attributes = []
-    shape = driver.CUlaunchAttribute()
-    shape.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    shape.value.clusterDim.x, shape.value.clusterDim.y, shape.value.clusterDim.z = config.cluster, 1, 1
-    attributes.append(shape)
-    if pdl:
-        early = driver.CUlaunchAttribute()
-        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        early.value.programmaticStreamSerializationAllowed = 1
-        attributes.append(early)
-    launch.attrs, launch.numAttrs = attributes, len(attributes)
+    launch.attrs = _attributes(config.cluster, pdl)
+    launch.numAttrs = len(launch.attrs)
+    parameters = (ctypes.c_void_p * len(addresses))(*addresses)
     _check(driver.cuLaunchKernelEx(launch, function, ctypes.addressof(parameters), 0))
