@@ -7,14 +7,12 @@ import torch
 
 from vllm_model.decoder import Linear
 from vllm_model.kernels.gemv import thin_linear
-from vllm_model.kernels.linear import LinearConfig, LinearWorkspace, Scaled, fits, linear, linear_residual
+from vllm_model.kernels.linear import LinearWorkspace, Scaled, fits, linear, linear_residual
+from vllm_model.kernels.linear_table import Config
 from vllm_model.kernels.rms_norm import rms_norm
 from vllm_model.kernels.silu_mul import silu_mul
 
-AHEAD_ROWS = 256
-"""Up to so many rows, weights are brought near by the kernel ahead."""
-
-Choose = Callable[[int, int, int, bool], LinearConfig | None]
+Choose = Callable[[int, int, int, bool], Config | None]
 """From rows, outputs, inputs and whether a gate follows to the launch of our own product; None: the library's is faster."""
 
 
@@ -55,26 +53,17 @@ class ResidualStream:
         self.residual, self._scaled = self.residual[rows], None
 
     def read(
-        self,
-        layer: Linear,
-        norm_weight: torch.Tensor,
-        *,
-        silu: bool = False,
-        out: torch.Tensor | None = None,
-        following: Linear | None = None,
+        self, layer: Linear, norm_weight: torch.Tensor, *, silu: bool = False, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The product of the normalised stream, ``[rows, outputs]``; with ``silu`` gated, ``[rows, outputs / 2]``.
-
-        ``following`` reads its result.
-        """
+        """The product of the normalised stream, ``[rows, outputs]``; with ``silu`` gated, ``[rows, outputs / 2]``."""
         eps, pdl = self._eps, self._pdl
         if self._thin(layer) and self._update is None:
             return thin_linear(self.residual, layer.weight, norm_weight=norm_weight, eps=eps, silu=silu, pdl=pdl)
         config = self._config(self.residual, layer, silu)
         scaled, self._scaled = self._scaled, None
         if config is None:
-            y = _library(self._normed(norm_weight, self._ahead(layer)), layer, out)
-            return silu_mul(y, ahead=self._ahead(following), pdl=pdl) if silu else y
+            y = _library(self._normed(norm_weight), layer, out)
+            return silu_mul(y, pdl=pdl) if silu else y
         given = self._normed(norm_weight) if scaled is None else scaled
         return linear(given, layer.weight, config, silu=silu, eps=eps, out=out, workspace=self._workspace, pdl=pdl)
 
@@ -94,21 +83,17 @@ class ResidualStream:
     def _thin(self, layer: Linear) -> bool:
         return len(self.residual) <= self._thin_rows and layer.bias is None
 
-    def _config(self, x: torch.Tensor, layer: Linear, silu: bool) -> LinearConfig | None:
+    def _config(self, x: torch.Tensor, layer: Linear, silu: bool) -> Config | None:
         if layer.bias is not None or not fits(x, layer.weight):
             return None
         outputs, inputs = layer.weight.shape
         return self._choose(len(x), outputs // (2 if silu else 1), inputs, silu)
 
-    def _normed(self, norm_weight: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor:
+    def _normed(self, norm_weight: torch.Tensor) -> torch.Tensor:
         update, self._update = self._update, None
         if update is None:
-            return rms_norm(self.residual, norm_weight, self._eps, ahead=ahead, pdl=self._pdl)
-        return rms_norm(update, norm_weight, self._eps, self.residual, ahead=ahead, pdl=self._pdl)
-
-    def _ahead(self, layer: Linear | None) -> torch.Tensor | None:
-        """Weights to bring near: where rows are few, reading them is what a product of the library waits for."""
-        return layer.weight if layer is not None and self._pdl and len(self.residual) <= AHEAD_ROWS else None
+            return rms_norm(self.residual, norm_weight, self._eps, pdl=self._pdl)
+        return rms_norm(update, norm_weight, self._eps, self.residual, pdl=self._pdl)
 
 
 def _library(x: torch.Tensor, layer: Linear, out: torch.Tensor | None) -> torch.Tensor:

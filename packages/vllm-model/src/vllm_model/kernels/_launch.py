@@ -16,29 +16,35 @@ from triton.compiler import CompiledKernel  # type: ignore[attr-defined, unused-
 from vllm_model.kernels._launchers import build_launchers
 
 _COMPILING: ContextVar[list[Any] | None] = ContextVar("_COMPILING", default=None)
+_OTHER_JOBS: ContextVar[list[Callable[[], object]] | None] = ContextVar("_OTHER_JOBS", default=None)
 
 
 @contextmanager
 def compiled_together(device: torch.device, workers: int = 16) -> Iterator[None]:
     """Within it kernels are not launched but compiled, several at once; it ends when all of them are."""
     kernels: list[Any] = []
-    token = _COMPILING.set(kernels)
+    others: list[Callable[[], object]] = []
+    token, other_token = _COMPILING.set(kernels), _OTHER_JOBS.set(others)
     try:
         with ThreadPoolExecutor(workers, initializer=torch.cuda.set_device, initargs=(device.index or 0,)) as pool:
             with triton.AsyncCompileMode(pool):
                 yield
+            started = [pool.submit(job) for job in others]
             done = [each if isinstance(each, CompiledKernel) else each.result() for each in kernels]
             build_launchers({id(kernel): kernel for kernel in done}.values(), pool)
+            for each in started:
+                each.result()
     finally:
         _COMPILING.reset(token)
+        _OTHER_JOBS.reset(other_token)
 
 
 def take_down(job: Callable[[], object]) -> bool:
     """Within :func:`compiled_together`: have ``job`` done with what is compiled, and launch nothing."""
-    compiling = _COMPILING.get()
-    if compiling is not None:
-        compiling.append(job)
-    return compiling is not None
+    jobs = _OTHER_JOBS.get()
+    if jobs is not None:
+        jobs.append(job)
+    return jobs is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -56,32 +62,6 @@ def wait_for_previous(PDL: tl.constexpr):  # noqa: N803  constexpr arguments are
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-
-AHEAD_BYTES = 8 << 20
-"""Of the weights that the next kernel reads, what is brought into the second-level cache while memory is idle."""
-
-
-@triton.jit
-def bring_near(pointer, each, total, program, THREADS: tl.constexpr):  # noqa: N803
-    """Ask for bytes behind ``pointer``: ``each`` (a multiple of 16) by every thread of every program, ``total`` in all."""
-    at = program.to(tl.int64) * each + tl.zeros([1], tl.int64)
-    size = tl.minimum(tl.maximum(total - at, 0), each).to(tl.int32)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ne.and.s32 p, $2, 0, p; "
-        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [pointer.to(tl.int64) + at, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-def share_of_ahead(ahead: torch.Tensor | None, threads: int) -> tuple[int, int]:
-    """What :func:`bring_near` asks for by each of so many threads, and in all."""
-    total = 0 if ahead is None else min(ahead.numel() * ahead.element_size(), AHEAD_BYTES) // 16 * 16
-    return -(-total // (16 * max(threads, 1))) * 16, total
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:

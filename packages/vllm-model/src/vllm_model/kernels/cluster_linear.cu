@@ -1,7 +1,7 @@
 // Linear layers of some 3 to 128 rows on Hopper: out = x @ w.T, with what stands before and behind it in a decoder layer.
 //
 // The host puts before this text: ELEMENT_IS_BF16, BM (rows of a tile: 64 or 128), BN (weight rows of a tile, with SILU half of
-// them gate and half up), CHUNKS (64 inputs each, of a stage), STAGES, CLUSTER, AHEAD, SILU, SCALED, RESIDUAL, and WGMMA(d, a, b): d +=
+// them gate and half up), CHUNKS (64 inputs each, of a stage), STAGES, CLUSTER, SILU, SCALED, RESIDUAL, and WGMMA(d, a, b): d +=
 // one product of the matrix unit of 64 rows, OUT_N columns and 16 inputs.
 //
 // The programs of a cluster have one tile and a run of the inputs each, and send their sums to each other's shared memory, where
@@ -54,11 +54,6 @@ __device__ __forceinline__ void copy_tiles(u32 to, const TensorMap* map, int row
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
         "l"(map), "r"(bar), "r"(0), "r"(row), "r"(chunk) : "memory");
-}
-
-// The same into the second-level cache.
-__device__ __forceinline__ void bring_near(const TensorMap* map, int row, int chunk) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(0), "r"(row), "r"(chunk) : "memory");
 }
 
 __device__ __forceinline__ u32 of_peer(u32 address, u32 rank) {
@@ -138,10 +133,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32 + SCALERS, 1) cluste
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         for (int i = 0; i < min(STAGES, steps); i++) copy_weights(i);  // they depend on nothing
-        for (int i = STAGES; i < min(STAGES + AHEAD, steps); i++) {
-            bring_near(&w_map, n0, (first + i) * CHUNKS);
-            if (SILU) bring_near(&w_map, n + n0, (first + i) * CHUNKS);
-        }
         barrier_expect(arrived, BM * BN * 4);
         asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
     }

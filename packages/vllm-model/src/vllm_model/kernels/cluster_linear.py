@@ -2,9 +2,9 @@
 """Products of few rows whose inputs are cut among a cluster of Hopper's multiprocessors (``cluster_linear.cu``).
 
 Such a product takes some 4 us, of which reading its weights takes 1 or 2; the rest is one thing waiting for the other. Here
-weights come into shared memory before the kernel ahead has ended, a cluster's programs add up through each other's shared memory,
-and norms of rows and the residual are fetched meanwhile. Triton has no way to say that, hence CUDA C++, compiled by NVRTC within
-some 0.2 s. Torch for CUDA brings that and ``cuda.bindings``; without them, :mod:`~vllm_model.kernels.linear` has a way in Triton.
+weights come into shared memory before the kernel ahead has ended, a cluster's programs add up through each other's shared
+memory, and norms of rows and the residual are fetched meanwhile. Triton has no way to say that, hence CUDA C++, compiled by
+NVRTC within some 0.2 s. Torch for CUDA brings it and ``cuda.bindings``; without them :mod:`~vllm_model.kernels.linear` does it.
 """
 
 import ctypes
@@ -32,7 +32,6 @@ class ClusterConfig:
         chunks: Of 64 inputs each, that one copy brings.
         stages: Depth of the load pipeline, in such copies.
         cluster: Programs that share a tile's inputs: 1, 2, 4 or 8.
-        ahead: Copies of weights besides those of the stages that are brought into the second-level cache at once.
     """
 
     block_m: int = 64
@@ -40,7 +39,6 @@ class ClusterConfig:
     chunks: int = 2
     stages: int = 4
     cluster: int = 4
-    ahead: int = 0
 
 
 def shared_bytes(config: ClusterConfig) -> int:
@@ -68,7 +66,6 @@ def source(config: ClusterConfig, dtype: torch.dtype, silu: bool, scaled: bool, 
         "CHUNKS": config.chunks,
         "STAGES": config.stages,
         "CLUSTER": config.cluster,
-        "AHEAD": config.ahead,
         "SILU": int(silu),
         "SCALED": int(scaled),
         "RESIDUAL": int(residual),
@@ -115,7 +112,7 @@ def compiled(text: str) -> bytes:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
         _check(nvrtc.nvrtcGetProgramLog(program, log))
         raise RuntimeError(f"{SOURCE.name} does not compile: {log.decode()}")
-    code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    code: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     _check(nvrtc.nvrtcGetCUBIN(program, code))
     _check(nvrtc.nvrtcDestroyProgram(program))
     cache.put(code, CUBIN, binary=True)

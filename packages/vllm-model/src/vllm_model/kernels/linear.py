@@ -209,7 +209,7 @@ def linear(
     Args:
         x: ``[rows, k]`` bf16 or fp16, or scaled; :func:`fits` must hold.
         weight: ``[n, k]``, or ``[2 * n, k]`` with ``silu``: gate, then up.
-        config: Launch shape.
+        config: Launch shape, of this kernel or the one by clusters.
         silu: Close a gated MLP.
         eps: Of the norm.
         out: ``[rows, n]``, rows contiguous; a new tensor when None.

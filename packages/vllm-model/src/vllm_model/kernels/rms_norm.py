@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import bring_near, launch, launch_options, power_of_two, share_of_ahead, wait_for_previous, with_room
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous, with_room
 
 
 @triton.jit
@@ -15,9 +15,6 @@ def _rms_norm_kernel(
     residual_ptr,  # [tokens, width], updated
     weight_ptr,  # [width]
     out_ptr,  # [tokens, width]
-    ahead_ptr,  # or None
-    ahead_each,
-    ahead_bytes,
     x_stride,
     residual_stride,
     out_stride,
@@ -25,12 +22,9 @@ def _rms_norm_kernel(
     eps,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    if ahead_ptr is not None:
-        bring_near(ahead_ptr, ahead_each, ahead_bytes, row, THREADS)
     column = tl.arange(0, BLOCK)
     mask = column < width
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
@@ -53,7 +47,6 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     *,
-    ahead: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """``x / rms(x) * weight``, or with ``residual``: ``residual += x`` in place, and the norm of that sum.
@@ -64,7 +57,6 @@ def rms_norm(
         eps: Added to the mean square.
         residual: ``[tokens, width]``, rows contiguous, updated in place.
         out: Where to write; may be ``x``. A new tensor when None.
-        ahead: Weights that are read next: their beginning is brought near. On Hopper alone.
         pdl: Programmatic dependent launch.
 
     Returns:
@@ -79,8 +71,6 @@ def rms_norm(
     if out is None:
         out = with_room(x, tokens, width)
     block = power_of_two(width)
-    warps = min(max(block // 512, 1), 16)
-    each, total = share_of_ahead(ahead, tokens)
     if tokens:
         launch(
             _rms_norm_kernel,
@@ -89,9 +79,6 @@ def rms_norm(
             x if residual is None else residual,
             weight,
             out,
-            ahead,
-            each,
-            total,
             x.stride(0),
             0 if residual is None else residual.stride(0),
             out.stride(0),
@@ -99,9 +86,8 @@ def rms_norm(
             eps,
             HAS_RESIDUAL=residual is not None,
             BLOCK=block,
-            THREADS=32 * warps,
             PDL=pdl,
-            num_warps=warps,
+            num_warps=min(max(block // 512, 1), 16),
             **launch_options(pdl),
         )
     return out

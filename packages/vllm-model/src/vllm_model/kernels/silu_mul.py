@@ -6,26 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import bring_near, launch, launch_options, power_of_two, share_of_ahead, wait_for_previous, with_room
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous, with_room
 
 
 @triton.jit
-def _silu_mul_kernel(
-    x_ptr,  # [tokens, 2 * width]
-    out_ptr,  # [tokens, width]
-    ahead_ptr,  # or None
-    ahead_each,
-    ahead_bytes,
-    x_stride,
-    out_stride,
-    width,
-    BLOCK: tl.constexpr,
-    THREADS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+def _silu_mul_kernel(x_ptr, out_ptr, x_stride, out_stride, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    if ahead_ptr is not None:
-        bring_near(ahead_ptr, ahead_each, ahead_bytes, row * tl.num_programs(1) + tl.program_id(1), THREADS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     wait_for_previous(PDL)
@@ -35,13 +21,12 @@ def _silu_mul_kernel(
     tl.store(out_ptr + row * out_stride + column, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def silu_mul(x: torch.Tensor, out: torch.Tensor | None = None, *, ahead: torch.Tensor | None = None, pdl: bool = False) -> torch.Tensor:
+def silu_mul(x: torch.Tensor, out: torch.Tensor | None = None, *, pdl: bool = False) -> torch.Tensor:
     """``silu(x[:, :width]) * x[:, width:]`` in float32, rounded once.
 
     Args:
         x: ``[tokens, 2 * width]`` bf16, fp16 or float32, rows contiguous: gate, then up.
         out: ``[tokens, width]``; a new tensor when None.
-        ahead: Weights that are read next: their beginning is brought near. On Hopper alone.
         pdl: Programmatic dependent launch.
 
     Raises:
@@ -57,20 +42,15 @@ def silu_mul(x: torch.Tensor, out: torch.Tensor | None = None, *, ahead: torch.T
     warps = max(block // 256, 1)
     if tokens and width:
         grid = (tokens, triton.cdiv(width, block))
-        each, total = share_of_ahead(ahead, grid[0] * grid[1])
         launch(
             _silu_mul_kernel,
             grid,
             x,
             out,
-            ahead,
-            each,
-            total,
             x.stride(0),
             out.stride(0),
             width,
             BLOCK=block,
-            THREADS=32 * warps,
             PDL=pdl,
             num_warps=warps,
             **launch_options(pdl),
