@@ -22,6 +22,8 @@ from bench_kernels import bf16, micros
 
 from vllm_model.cuda.residual_stream import ResidualStream
 from vllm_model.decoder import Linear
+from vllm_model.kernels._launch import with_room
+from vllm_model.kernels.cluster_linear import ClusterConfig, shared_bytes
 from vllm_model.kernels.linear import LinearConfig, LinearWorkspace, Scaled, linear, linear_residual
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
 
@@ -32,7 +34,8 @@ MODELS = {"0.6B": (1024, 3072, 16), "8B": (4096, 12288, 32)}
 SHARED = 227 * 1024
 """Bytes of shared memory of a multiprocessor."""
 
-Choice = dict[tuple[int, int], LinearConfig]
+Config = LinearConfig | ClusterConfig
+Choice = dict[tuple[int, int], Config]
 """Our products by outputs and inputs."""
 
 
@@ -42,8 +45,20 @@ def products(model: str) -> dict[str, tuple[int, int]]:
     return {"qkv": ((heads + 16) * 128, width), "o": (width, heads * 128), "gate_up": (inner, width), "down": (width, inner)}
 
 
-def configs(name: str, rows: int, n: int, k: int) -> Iterator[LinearConfig]:
+def by_clusters(name: str, rows: int) -> Iterator[ClusterConfig]:
+    """What may be worth a try, by clusters."""
+    widths = (48, 64, 96, 192) if name == "gate_up" else (32, 48, 64, 96)
+    depths = ((1, 4), (2, 2), (2, 3), (2, 4), (4, 2), (4, 3))
+    for bm, bn, (chunks, stages), cluster in itertools.product((64, 128), widths, depths, (1, 2, 4, 8)):
+        config = ClusterConfig(bm, bn, chunks, stages, cluster)
+        whole = name not in ("o", "down") or bn in (32, 64)
+        if whole and rows <= 128 and (bm == 64 or rows > 64) and shared_bytes(config) <= SHARED:
+            yield config
+
+
+def configs(name: str, rows: int, n: int, k: int) -> Iterator[Config]:
     """What may be worth a try."""
+    yield from by_clusters(name, rows)
     halves = 2 if name == "gate_up" else 1
     for bm, bn, bk in itertools.product((64, 128, 256), (32, 64, 128, 256), (64, 128)):
         if bm >= 2 * rows and bm > 64:
@@ -68,18 +83,19 @@ class Case:
     def __init__(self, name: str, rows: int, n: int, k: int, copies: int) -> None:
         self.name, self.rows = name, rows
         self.weights = [bf16(n * (2 if name == "gate_up" else 1), k) * k**-0.5 for _ in range(copies)]
-        self.x, self.out, self.norm, self.residual = bf16(rows, k), bf16(rows, n), bf16(n), bf16(rows, n)
+        self.x = with_room(self.weights[0], rows, k).normal_()
+        self.out, self.norm, self.residual = bf16(rows, n), bf16(n), bf16(rows, n)
         self.scaled = Scaled(self.x, torch.rand(rows, 32, device="cuda") * k / 16)
         self.workspace = LinearWorkspace(1 << 24, "cuda")
 
-    def call(self, weight: torch.Tensor, config: LinearConfig, pdl: bool = True) -> None:
+    def call(self, weight: torch.Tensor, config: Config, pdl: bool = True) -> None:
         if self.name in ("o", "down"):
             linear_residual(self.x, weight, self.residual, self.norm, config, workspace=self.workspace, pdl=pdl)
         else:
             silu = self.name == "gate_up"
             linear(self.scaled, weight, config, silu=silu, out=self.out, workspace=self.workspace, pdl=pdl)
 
-    def time(self, config: LinearConfig, pdl: bool = True) -> float:
+    def time(self, config: Config, pdl: bool = True) -> float:
         return micros([lambda w=w: self.call(w, config, pdl) for w in self.weights], 9)  # type: ignore[misc]
 
     def library(self) -> float:
@@ -88,7 +104,7 @@ class Case:
 
 def compile_share(mine: int) -> None:
     """Run every kernel once that is this process's to compile."""
-    seen: dict[tuple[str, LinearConfig], int] = {}
+    seen: dict[tuple[str, Config], int] = {}
     for model in MODELS:
         for name, (n, k) in products(model).items():
             for rows in ROWS:
@@ -101,6 +117,13 @@ def compile_share(mine: int) -> None:
             for pdl in (True,):
                 with contextlib.suppress(Exception):  # what does not compile is a line of the table later
                     case.call(case.weights[0], config, pdl)
+
+
+def fastest(times: list[tuple[float, Config]], kind: type[Config]) -> Config | None:
+    """Of a kind; None: there is none."""
+    return min(((us, config) for us, config in times if isinstance(config, kind)), key=lambda each: each[0], default=(0, None))[
+        1
+    ]
 
 
 class Layers:
@@ -124,7 +147,7 @@ class Layers:
         self.workspace = LinearWorkspace(1 << 24, "cuda")
 
     def run(self, choice: Choice, pdl: bool) -> None:
-        def choose(rows: int, n: int, k: int, silu: bool) -> LinearConfig | None:
+        def choose(rows: int, n: int, k: int, silu: bool) -> Config | None:
             return choice.get((n, k))
 
         stream = ResidualStream(self.x, eps=1e-6, choose=choose, workspace=self.workspace, thin_rows=0, pdl=pdl)
@@ -158,7 +181,7 @@ def main() -> None:
     workers = [subprocess.Popen([sys.executable, __file__, "--compile", str(index)]) for index in range(PROCESSES)]
     for worker in workers:
         worker.wait()
-    found: dict[str, list[tuple[float, LinearConfig]]] = {}
+    found: dict[str, list[tuple[float, Config]]] = {}
     libraries: dict[str, float] = {}
     for model in MODELS:
         for name, (n, k) in products(model).items():
@@ -172,15 +195,15 @@ def main() -> None:
                     except Exception as error:
                         print(model, name, rows, config, str(error)[:80])
                 times.sort(key=lambda each: each[0])
-                best = times[0][1]
                 library = libraries[f"{model} {name} {rows}"] = case.library()
-                others = {f: case.time(replace(best, prefetch=f)) for f in (0, 1, 4, 8) if f != best.prefetch}
+                triton_best = fastest(times, LinearConfig)
+                assert isinstance(triton_best, LinearConfig)
                 print(
                     f"{model} {name} {rows} rows: library {library:.2f}, bytes {moved / 4.24e6:.2f}, best",
                     "  ".join(f"{us:.2f} {tuple(vars(c).values())}" for us, c in times[:5]),
-                    "| prefetch",
-                    "  ".join(f"{f}: {us:.2f}" for f, us in others.items()),
-                    f"| no pdl {case.time(best, False):.2f}",
+                    "| Triton's with prefetch",
+                    "  ".join(f"{f}: {case.time(replace(triton_best, prefetch=f)):.2f}" for f in (0, 1, 4, 8)),
+                    f"| no pdl {case.time(times[0][1], False):.2f}",
                     flush=True,
                 )
     if sys.argv[1:]:
@@ -194,17 +217,23 @@ def main() -> None:
             )
     for model, rows in itertools.product(MODELS, ROWS):
         layers = Layers(model, rows)
-        best = {shape: found[f"{model} {name} {rows}"][0][1] for name, shape in products(model).items()}
+        names = products(model)
+        ways: list[list[Config | None]] = [
+            [
+                None,
+                fastest(found[f"{model} {name} {rows}"], LinearConfig),
+                fastest(found[f"{model} {name} {rows}"], ClusterConfig),
+            ]
+            for name in names
+        ]
         times = []
-        for mask in itertools.product((False, True), repeat=4):
-            choice = {shape: config for own, (shape, config) in zip(mask, best.items(), strict=True) if own}
-            times.append((layers.time(choice), "".join("LO"[own] for own in mask)))
-        library, own = times[0][0], times[-1][0]
-        bare: Choice = {shape: replace(config, prefetch=0) for shape, config in best.items()}
+        for ways_taken in itertools.product(*ways):
+            choice = {shape: config for shape, config in zip(names.values(), ways_taken, strict=True) if config is not None}
+            letters = "".join("L" if c is None else "T" if isinstance(c, LinearConfig) else "C" for c in ways_taken)
+            times.append((layers.time(choice), letters))
         print(
-            f"layer {model} {rows} rows: library {library:.1f}, own {own:.1f}, without prefetch {layers.time(bare):.1f},",
-            f"without pdl {layers.time(best, False):.1f} | qkv o gate_up down:",
-            "  ".join(f"{us:.1f} {name}" for us, name in sorted(times)[:6]),
+            f"layer {model} {rows} rows: library {times[0][0]:.1f}; qkv o gate_up down of library, Triton, clusters:",
+            "  ".join(f"{us:.1f} {letters}" for us, letters in sorted(times)[:8]),
             flush=True,
         )
 

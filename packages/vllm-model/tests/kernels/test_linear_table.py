@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from vllm_model.kernels.cluster_linear import ClusterConfig, shared_bytes
 from vllm_model.kernels.linear import LinearConfig
 from vllm_model.kernels.linear_table import choose_linear, has_table
 
@@ -18,11 +19,15 @@ def bytes_of(config: LinearConfig, silu: bool) -> int:
 
 
 @pytest.mark.parametrize("model", QWEN3)
-@pytest.mark.parametrize("rows", [3, 16, 33, 64, 96, 97, 128, 129, 256])
-def test_every_shape_fits_the_card_and_the_workspace(model: str, rows: int) -> None:
+@pytest.mark.parametrize("rows", [3, 16, 33, 64, 65, 96, 97, 128, 129, 256])
+@pytest.mark.parametrize("clusters", [True, False])
+def test_every_shape_fits_the_card_and_the_workspace(model: str, rows: int, clusters: bool) -> None:
     for n, k, silu in QWEN3[model]:
-        config = choose_linear(rows, n, k, silu)
-        if config is not None:
+        config = choose_linear(rows, n, k, silu, clusters=clusters)
+        if isinstance(config, ClusterConfig):
+            assert clusters
+            assert shared_bytes(config) <= SHARED_MEMORY
+        elif config is not None:
             assert bytes_of(config, silu) < SHARED_MEMORY
             tiles = -(-rows // config.block_m) * -(-n // config.block_n)
             assert config.split_k == 1 or tiles * config.split_k * config.block_m * config.block_n * (1 + silu) <= PARTS
@@ -32,6 +37,13 @@ def test_small_products_are_ours_and_long_steps_are_the_librarys() -> None:
     assert all(choose_linear(64, *product) for product in QWEN3["0.6B"])
     assert not any(choose_linear(rows, *product) for rows in (257, 4096) for product in QWEN3["0.6B"] + QWEN3["8B"])
     assert not any(choose_linear(16, *product) for product in QWEN3["8B"])
+    assert not any(choose_linear(64, *product, clusters=False) for product in QWEN3["8B"])
+
+
+def test_clusters_take_only_what_their_copies_can_read() -> None:
+    assert isinstance(choose_linear(64, 1024, 3072, False), ClusterConfig)
+    assert isinstance(choose_linear(64, 1024, 3080, False), LinearConfig)
+    assert isinstance(choose_linear(64, 1020, 3072, False), LinearConfig)
 
 
 def test_other_machines_have_no_table() -> None:

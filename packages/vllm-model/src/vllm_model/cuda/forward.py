@@ -2,6 +2,7 @@
 """The forward pass in kernels, from token ids to logits, whoever attends."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from vllm_model.cuda.device import Device
 from vllm_model.cuda.residual_stream import Choose, ResidualStream
 from vllm_model.decoder import Decoder
+from vllm_model.kernels.cluster_linear import has_clusters
 from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.kernels.gemv import thin_linear
 from vllm_model.kernels.library_prefill import can_use_library, library_prefill, padded
@@ -48,7 +50,7 @@ class Forward:
         self.cache, self.tables = cache, tables
         self._decoder, self._pdl = decoder, device.pdl
         ours = has_table(device.device)
-        self._choose: Choose = choose_linear if ours else lambda rows, n, k, silu: None
+        self._choose: Choose = partial(choose_linear, clusters=has_clusters()) if ours else lambda rows, n, k, silu: None
         self._workspace = LinearWorkspace(PARTS_ROOM if ours else 0, device.device)
         self._thin_rows = THIN_ROWS if device.device.type == "cuda" else 0  # of interpreted kernels these are the slowest
         self._cos_sin = torch.cat(decoder.rotary, dim=1).contiguous()  # [max_len, head_dim]

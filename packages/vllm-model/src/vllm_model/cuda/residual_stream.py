@@ -7,11 +7,12 @@ import torch
 
 from vllm_model.decoder import Linear
 from vllm_model.kernels.gemv import thin_linear
-from vllm_model.kernels.linear import LinearConfig, LinearWorkspace, Scaled, fits, linear, linear_residual
+from vllm_model.kernels.linear import LinearWorkspace, Scaled, fits, linear, linear_residual
+from vllm_model.kernels.linear_table import Config
 from vllm_model.kernels.rms_norm import rms_norm
 from vllm_model.kernels.silu_mul import silu_mul
 
-Choose = Callable[[int, int, int, bool], LinearConfig | None]
+Choose = Callable[[int, int, int, bool], Config | None]
 """From rows, outputs, inputs and whether a gate follows to the launch of our own product; None: the library's is faster."""
 
 
@@ -82,7 +83,7 @@ class ResidualStream:
     def _thin(self, layer: Linear) -> bool:
         return len(self.residual) <= self._thin_rows and layer.bias is None
 
-    def _config(self, x: torch.Tensor, layer: Linear, silu: bool) -> LinearConfig | None:
+    def _config(self, x: torch.Tensor, layer: Linear, silu: bool) -> Config | None:
         if layer.bias is not None or not fits(x, layer.weight):
             return None
         outputs, inputs = layer.weight.shape

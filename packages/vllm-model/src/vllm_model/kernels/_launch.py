@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, attr-defined, misc"
 """What every launch shares."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,21 +16,35 @@ from triton.compiler import CompiledKernel  # type: ignore[attr-defined, unused-
 from vllm_model.kernels._launchers import build_launchers
 
 _COMPILING: ContextVar[list[Any] | None] = ContextVar("_COMPILING", default=None)
+_OTHER_JOBS: ContextVar[list[Callable[[], object]] | None] = ContextVar("_OTHER_JOBS", default=None)
 
 
 @contextmanager
 def compiled_together(device: torch.device, workers: int = 16) -> Iterator[None]:
     """Within it kernels are not launched but compiled, several at once; it ends when all of them are."""
     kernels: list[Any] = []
-    token = _COMPILING.set(kernels)
+    others: list[Callable[[], object]] = []
+    token, other_token = _COMPILING.set(kernels), _OTHER_JOBS.set(others)
     try:
         with ThreadPoolExecutor(workers, initializer=torch.cuda.set_device, initargs=(device.index or 0,)) as pool:
             with triton.AsyncCompileMode(pool):
                 yield
+            started = [pool.submit(job) for job in others]
             done = [each if isinstance(each, CompiledKernel) else each.result() for each in kernels]
             build_launchers({id(kernel): kernel for kernel in done}.values(), pool)
+            for each in started:
+                each.result()
     finally:
         _COMPILING.reset(token)
+        _OTHER_JOBS.reset(other_token)
+
+
+def take_down(job: Callable[[], object]) -> bool:
+    """Within :func:`compiled_together`: have ``job`` done with what is compiled, and launch nothing."""
+    jobs = _OTHER_JOBS.get()
+    if jobs is not None:
+        jobs.append(job)
+    return jobs is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -53,6 +67,22 @@ def wait_for_previous(PDL: tl.constexpr):  # noqa: N803  constexpr arguments are
 def launch_options(pdl: bool) -> dict[str, bool]:
     """Launch keywords; Triton's interpreter knows no ``launch_pdl``, so it is named only where it is wanted."""
     return {"launch_pdl": True} if pdl else {}
+
+
+ROOM = 64
+"""Rows of whole tiles of the copy engine."""
+
+
+def with_room(like: torch.Tensor, rows: int, *shape: int) -> torch.Tensor:
+    """A new tensor ``[rows, *shape]`` in memory for whole tiles of rows: copies that pass an edge are slow on Hopper."""
+    return like.new_empty(-(-rows // ROOM) * ROOM, *shape)[:rows]
+
+
+def rows_with_room(x: torch.Tensor, tile: int) -> int:
+    """Rows of the matrix ``x`` with those behind them in its memory, up to a whole tile; what stands there is anything."""
+    whole = -(-len(x) // tile) * tile if x.is_cuda else len(x)  # the interpreter warns of what stands there
+    end = x.storage_offset() + (whole - 1) * x.stride(0) + x.shape[1]
+    return whole if end * x.element_size() <= x.untyped_storage().nbytes() else len(x)
 
 
 def power_of_two(value: int) -> int:

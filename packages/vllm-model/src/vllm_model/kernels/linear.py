@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, rows_with_room, wait_for_previous, with_room
+from vllm_model.kernels.cluster_linear import ClusterConfig, launch_cluster
+from vllm_model.kernels.cluster_linear import n_tiles as cluster_tiles
 
 
 @triton.jit
@@ -194,7 +196,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def linear(
     x: torch.Tensor | Scaled,
     weight: torch.Tensor,
-    config: LinearConfig,
+    config: LinearConfig | ClusterConfig,
     *,
     silu: bool = False,
     eps: float = 1e-6,
@@ -207,7 +209,7 @@ def linear(
     Args:
         x: ``[rows, k]`` bf16 or fp16, or scaled; :func:`fits` must hold.
         weight: ``[n, k]``, or ``[2 * n, k]`` with ``silu``: gate, then up.
-        config: Launch shape.
+        config: Launch shape, of this kernel or the one by clusters.
         silu: Close a gated MLP.
         eps: Of the norm.
         out: ``[rows, n]``, rows contiguous; a new tensor when None.
@@ -223,7 +225,7 @@ def linear(
     plain = x.x if isinstance(x, Scaled) else x
     n = weight.shape[0] // (2 if silu else 1)
     if out is None:
-        out = plain.new_empty(len(plain), n)
+        out = with_room(plain, len(plain), n)
     _launch(x, weight, config, out, None, None, None, silu, eps, workspace, pdl)
     return out
 
@@ -233,7 +235,7 @@ def linear_residual(
     weight: torch.Tensor,
     residual: torch.Tensor,
     norm_weight: torch.Tensor,
-    config: LinearConfig,
+    config: LinearConfig | ClusterConfig,
     *,
     workspace: LinearWorkspace | None = None,
     pdl: bool = False,
@@ -253,9 +255,9 @@ def linear_residual(
         ValueError: As :func:`linear`.
     """
     rows, n = residual.shape
-    parts = triton.cdiv(n, config.block_n)
+    parts = cluster_tiles(config, n, False) if isinstance(config, ClusterConfig) else triton.cdiv(n, config.block_n)
     squares = torch.empty(rows, parts, dtype=torch.float32, device=x.device)
-    out = torch.empty_like(residual)
+    out = with_room(residual, rows, n)
     _launch(x, weight, config, out, residual, norm_weight, squares, False, 0.0, workspace, pdl)
     return Scaled(out, squares)
 
@@ -263,7 +265,7 @@ def linear_residual(
 def _launch(
     x: torch.Tensor | Scaled,
     weight: torch.Tensor,
-    config: LinearConfig,
+    config: LinearConfig | ClusterConfig,
     out: torch.Tensor,
     residual: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
@@ -279,6 +281,9 @@ def _launch(
         raise ValueError(f"no product of {tuple(x.shape)} with {tuple(weight.shape)}")
     if not rows:
         return
+    if isinstance(config, ClusterConfig):
+        launch_cluster(x, weight, scale, residual, norm_weight, out, squares, config, silu=silu, eps=eps, pdl=pdl)
+        return
     m_tiles, n_tiles = triton.cdiv(rows, config.block_m), triton.cdiv(n, config.block_n)
     if config.split_k > 1:
         size = m_tiles * n_tiles * config.split_k * config.block_m * config.block_n * (2 if silu else 1)
@@ -288,7 +293,7 @@ def _launch(
     launch(
         _linear_kernel,
         (m_tiles, n_tiles, config.split_k),
-        TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+        TensorDescriptor(x, [rows_with_room(x, config.block_m), k], list(x.stride()), [config.block_m, config.block_k]),
         TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
         weight,
         scale,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous, with_room
 from vllm_model.kernels._paged import attention_reference, holds_e4m3, query_group, softmax_scale
 from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.kernels.qk_norm_rope import gather_cache_reference
@@ -413,7 +413,7 @@ def paged_decode(
     ):
         raise ValueError(f"q {tuple(q.shape)} with {queries} queries a row does not fit the plan")
     if out is None:
-        out = torch.empty_like(q)
+        out = with_room(q, *q.shape)
     if not rows:
         return out
     config, m = plan.config, max(16, power_of_two(queries * plan.group))

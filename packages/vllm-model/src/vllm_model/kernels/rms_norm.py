@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous, with_room
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def rms_norm(
     if width > 65536 or x.stride(1) != 1 or (residual is not None and residual.stride(1) != 1):
         raise ValueError(f"rms_norm takes contiguous rows of at most 65536, got {tuple(x.shape)} with strides {x.stride()}")
     if out is None:
-        out = torch.empty_like(x)
+        out = with_room(x, tokens, width)
     block = power_of_two(width)
     if tokens:
         launch(

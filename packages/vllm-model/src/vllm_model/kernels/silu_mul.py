@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous, with_room
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def silu_mul(x: torch.Tensor, out: torch.Tensor | None = None, *, pdl: bool = Fa
         raise ValueError(f"silu_mul takes contiguous rows of gate and up, got {tuple(x.shape)} with strides {x.stride()}")
     width = double // 2
     if out is None:
-        out = x.new_empty(tokens, width)
+        out = with_room(x, tokens, width)
     block = min(power_of_two(width), 1024)
     warps = max(block // 256, 1)
     if tokens and width:
