@@ -18,7 +18,7 @@ KERNELS = ROOT / "packages/vllm-model/src/vllm_model"
 TESTS = "packages/vllm-model/tests/kernels"
 RUNS = {
     "small": ["-m", "not gpu", "-k", "not other_cards and not distribution"],
-    "shipped shapes": ["-m", "gpu", "-k", "graph_follows or (on_the_card and 16-8-128 and not dtype1 and not library)"],
+    "shipped shapes": ["-m", "gpu", "-k", "graph_follows or cluster_linear or (on_the_card and 16-8-128 and not dtype1 and not library)"],
 }
 
 
@@ -26,6 +26,7 @@ def watched() -> list[str]:
     """The options that name our kernels."""
     sources = "\n".join(path.read_text() for path in sorted(KERNELS.rglob("*.py")))
     names = sorted(set(re.findall(r"@triton\.jit.*\ndef (_\w+_kernel)\(", sources)))
+    names += [path.stem for path in sorted(KERNELS.rglob("*.cu"))]
     return [part for name in names for part in ("--kernel-name", f"kernel_substring={name}")]
 
 
