@@ -18,7 +18,12 @@ KERNELS = ROOT / "packages/vllm-model/src/vllm_model"
 TESTS = "packages/vllm-model/tests/kernels"
 RUNS = {
     "small": ["-m", "not gpu", "-k", "not other_cards and not distribution"],
-    "shipped shapes": ["-m", "gpu", "-k", "graph_follows or cluster_linear or (on_the_card and 16-8-128 and not dtype1 and not library)"],
+    "shipped shapes": [
+        "-m",
+        "gpu",
+        "-k",
+        "graph_follows or cluster_linear or (on_the_card and 16-8-128 and not dtype1 and not library)",
+    ],
 }
 
 

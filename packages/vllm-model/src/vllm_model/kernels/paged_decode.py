@@ -85,22 +85,18 @@ def _write_pair(
 
 
 @triton.jit
-def _merge(
+def _add_up(
     row,
     head,
-    begin,
-    end,
-    starts_ptr,
+    first,
+    last,
     out_ptr,
     part_ptr,
     stats_ptr,
-    count_ptr,
     lse_ptr,
     v_scale_ptr,
     io,
     io_mask,
-    total,
-    each,
     q_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -108,61 +104,46 @@ def _merge(
     HEAD_DIM: tl.constexpr,
     D_BLOCK: tl.constexpr,
     M: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """If a pair is cut between programs: count this program's part, and who comes last adds the parts up."""
-    start = tl.load(starts_ptr + row)
-    tiles = tl.load(starts_ptr + row + 1) - start
-    place = head * each + start
-    if (place < begin) | (place + tiles > end):
-        m = tl.arange(0, M)
-        d = tl.arange(0, D_BLOCK)
-        busy = tl.minimum(total, PROGRAMS).to(tl.int64)
-        first = (((place.to(tl.int64) + 1) * busy - 1) // total).to(tl.int32)
-        last = (((place.to(tl.int64) + tiles) * busy - 1) // total).to(tl.int32)
-        tl.debug_barrier()  # every thread's part is written before one thread counts it
-        arrived = tl.atomic_add(count_ptr + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
-        if arrived == last - first:
-            tl.store(count_ptr + row * KV_HEADS + head, 0)
-            m_mask = m < queries * GROUP
-            part_io = m[:, None] * D_BLOCK + d[None, :]
-            highest = tl.full([M], -1.0e30, tl.float32)
-            denominator = tl.zeros([M], tl.float32)
-            acc = tl.zeros([M, D_BLOCK], tl.float32)
-            for other in range(first, last + 1):
-                index = other * 2 + tl.where(other == first, 1, 0)
-                # Past the first-level cache: another multiprocessor wrote this during this launch.
-                its_highest = tl.load(stats_ptr + index * (2 * M) + m, cache_modifier=".cg")
-                its_sum = tl.load(stats_ptr + index * (2 * M) + M + m, cache_modifier=".cg")
-                values = tl.load(
-                    part_ptr + index * (M * D_BLOCK) + part_io, mask=m_mask[:, None], other=0.0, cache_modifier=".cg"
-                )
-                new_highest = tl.maximum(highest, its_highest)
-                shrink = tl.exp2(highest - new_highest)
-                its_shrink = tl.exp2(its_highest - new_highest)
-                denominator = denominator * shrink + its_sum * its_shrink
-                acc = acc * shrink[:, None] + values * its_shrink[:, None]
-                highest = new_highest
-            _write_pair(
-                out_ptr,
-                lse_ptr,
-                v_scale_ptr,
-                io,
-                io_mask,
-                row,
-                head,
-                highest,
-                denominator,
-                acc,
-                q_stride,
-                KV_HEADS,
-                GROUP,
-                queries,
-                HEAD_DIM,
-                M,
-                FP8,
-            )
+    """Write a pair whose parts the programs ``first`` to ``last`` have left."""
+    m = tl.arange(0, M)
+    m_mask = m < queries * GROUP
+    part_io = m[:, None] * D_BLOCK + tl.arange(0, D_BLOCK)[None, :]
+    highest = tl.full([M], -1.0e30, tl.float32)
+    denominator = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D_BLOCK], tl.float32)
+    for other in range(first, last + 1):
+        index = other * 2 + tl.where(other == first, 1, 0)
+        # Past the first-level cache: another multiprocessor wrote this during this launch.
+        its_highest = tl.load(stats_ptr + index * (2 * M) + m, cache_modifier=".cg")
+        its_sum = tl.load(stats_ptr + index * (2 * M) + M + m, cache_modifier=".cg")
+        values = tl.load(part_ptr + index * (M * D_BLOCK) + part_io, mask=m_mask[:, None], other=0.0, cache_modifier=".cg")
+        new_highest = tl.maximum(highest, its_highest)
+        shrink = tl.exp2(highest - new_highest)
+        its_shrink = tl.exp2(its_highest - new_highest)
+        denominator = denominator * shrink + its_sum * its_shrink
+        acc = acc * shrink[:, None] + values * its_shrink[:, None]
+        highest = new_highest
+    _write_pair(
+        out_ptr,
+        lse_ptr,
+        v_scale_ptr,
+        io,
+        io_mask,
+        row,
+        head,
+        highest,
+        denominator,
+        acc,
+        q_stride,
+        KV_HEADS,
+        GROUP,
+        queries,
+        HEAD_DIM,
+        M,
+        FP8,
+    )
 
 
 @triton.jit
@@ -330,26 +311,37 @@ def _decode_kernel(
                         M,
                         FP8,
                     )
-        for which in tl.static_range(2):
-            its_row = first_row if which == 0 else last_row
-            its_head = first_head if which == 0 else last_head
-            if (which == 0) | (first_row != last_row) | (first_head != last_head):
-                _merge(
-                    its_row,
-                    its_head,
-                    begin,
-                    end,
-                    starts_ptr,
+        # Of what is cut only a program's first pair and its last: who comes last to a pair adds its parts up.
+        which = tl.arange(0, 2)
+        rows = tl.where(which == 0, first_row, last_row)
+        heads = tl.where(which == 0, first_head, last_head)
+        start = tl.load(starts_ptr + rows)
+        place = heads * each + start
+        upto = place + tl.load(starts_ptr + rows + 1) - start
+        another = (which == 0) | (rows != first_row) | (heads != first_head)
+        cut = ((place < begin) | (upto > end)) & another
+        busy = tl.minimum(total, PROGRAMS).to(tl.int64)
+        firsts = (((place.to(tl.int64) + 1) * busy - 1) // total).to(tl.int32)
+        lasts = ((upto.to(tl.int64) * busy - 1) // total).to(tl.int32)
+        tl.debug_barrier()  # every thread's part is written before one thread counts it
+        arrived = tl.atomic_add(count_ptr + rows * KV_HEADS + heads, 1, mask=cut, sem="acq_rel", scope="gpu")
+        complete = cut & (arrived == lasts - firsts)
+        tl.store(count_ptr + rows * KV_HEADS + heads, 0, mask=complete)
+        for each_of_both in tl.static_range(2):
+            its = which == each_of_both
+            if tl.sum((its & complete).to(tl.int32), axis=0) > 0:
+                _add_up(
+                    first_row if each_of_both == 0 else last_row,
+                    first_head if each_of_both == 0 else last_head,
+                    tl.sum(tl.where(its, firsts, 0), axis=0),
+                    tl.sum(tl.where(its, lasts, 0), axis=0),
                     out_ptr,
                     part_ptr,
                     stats_ptr,
-                    count_ptr,
                     lse_ptr,
                     v_scale_ptr,
                     io,
                     io_mask,
-                    total,
-                    each,
                     q_stride,
                     KV_HEADS,
                     GROUP,
@@ -357,7 +349,6 @@ def _decode_kernel(
                     HEAD_DIM,
                     D_BLOCK,
                     M,
-                    PROGRAMS,
                     FP8,
                 )
 
