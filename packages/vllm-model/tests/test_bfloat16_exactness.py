@@ -94,14 +94,31 @@ def recorded(backend: Any, prompt: list[int], num_tokens: int) -> tuple[torch.Te
     """Our logits at every place of a prompt, run in chunks, and of what follows it token by token; and those tokens."""
     engine = Engine(backend, config=EngineConfig(max_num_seqs=4, max_num_batched_tokens=128, max_model_len=512, num_blocks=40))
     source, seen = backend.decoder if backend.device.type == "cpu" else backend.steps._forward, []
+    steps = torch.empty(
+        num_tokens + 8, backend.config.vocab_size, device=backend.device
+    )  # and whatever graphs are captured with
+    count = torch.zeros(1, dtype=torch.int64, device=backend.device)
     original = source.logits
-    source.logits = lambda hidden: seen.append(original(hidden).float()) or seen[-1]
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        """Also when it is captured and replayed."""
+        out: torch.Tensor = original(hidden)
+        if len(hidden) > 4:  # of a prompt
+            seen.append(out.float())
+        else:
+            steps.index_copy_(0, count, out[:1].float())
+            count.add_(1)
+        return out
+
+    source.logits = logits
     params = SamplingParams(temperature=0, max_tokens=num_tokens, prompt_logprobs=0, logprobs=0, ignore_eos=True)
     output = engine.add_request("a", prompt, params)
     while engine.has_unfinished_requests():
         engine.step()
     engine.close()
-    return torch.cat(seen), output.outputs[0].token_ids
+    rest = len(prompt) - sum(map(len, seen))  # the last token of the prompt, if it comes alone
+    behind = steps[: int(count)][int(count) - num_tokens + 1 :]  # ahead of them is what a graph was captured with
+    return torch.cat([*seen, steps[:rest], behind]), output.outputs[0].token_ids
 
 
 def relative_error(logits: torch.Tensor, exact: torch.Tensor) -> float:
