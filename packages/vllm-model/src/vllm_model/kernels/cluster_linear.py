@@ -9,6 +9,7 @@ NVRTC within some 0.2 s. Torch for CUDA brings it and ``cuda.bindings``; without
 
 import ctypes
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 
 from vllm_model.kernels._launch import rows_with_room, take_down
+
+logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cluster_linear.cu")
 CUBIN = "cluster_linear.cubin"
@@ -74,17 +77,6 @@ def source(config: ClusterConfig, dtype: torch.dtype, silu: bool, scaled: bool, 
     return "".join(f"#define {name} {value}\n" for name, value in lines.items()) + SOURCE.read_text()
 
 
-@lru_cache(maxsize=1)
-def has_clusters() -> bool:
-    """Whether the compiler and the driver's interface are there: torch for CUDA brings both."""
-    try:
-        from cuda.bindings import driver, nvrtc
-
-        return bool(_check(nvrtc.nvrtcVersion()) >= 12 and hasattr(driver, "cuTensorMapEncodeTiled"))
-    except Exception:  # not installed, without its library, or of another age: the products of Triton do as well
-        return False
-
-
 def _check(result: tuple[Any, ...]) -> Any:
     """What a call of CUDA returned behind its status."""
     if int(result[0]):
@@ -117,6 +109,20 @@ def compiled(text: str) -> bytes:
     _check(nvrtc.nvrtcDestroyProgram(program))
     cache.put(code, CUBIN, binary=True)
     return code
+
+
+@lru_cache(maxsize=1)
+def has_clusters() -> bool:
+    """Whether the compiler and the driver's interface are there and understand the program: torch for CUDA brings both."""
+    try:
+        from cuda.bindings import driver
+
+        return hasattr(driver, "cuTensorMapEncodeTiled") and bool(
+            compiled(source(ClusterConfig(), torch.bfloat16, False, False, True))
+        )
+    except Exception as error:  # not installed, without its library, or of another age: Triton's products do as well
+        logger.info("products by clusters are left to Triton: %s", error)
+        return False
 
 
 @lru_cache(maxsize=256)
