@@ -52,7 +52,7 @@ class Device:
     def compile(self, *runs: Callable[[], object]) -> None:
         """Compile what these would launch, several kernels at once; nothing is launched."""
         if self._is_cuda:
-            with torch.inference_mode(), compiled_together(self.device):
+            with torch.inference_mode(), compiled_together():
                 for run in runs:
                     run()
 

@@ -1,8 +1,7 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, attr-defined, misc"
 """What every launch shares."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -11,32 +10,35 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.compiler import CompiledKernel  # type: ignore[attr-defined, unused-ignore]
+from triton import knobs
 
-from vllm_model.kernels._launchers import build_launchers
+from vllm_model.kernels._compilers import Job, compile_jobs
 
 _COMPILING: ContextVar[list[Any] | None] = ContextVar("_COMPILING", default=None)
 _OTHER_JOBS: ContextVar[list[Callable[[], object]] | None] = ContextVar("_OTHER_JOBS", default=None)
 
 
 @contextmanager
-def compiled_together(device: torch.device, workers: int = 16) -> Iterator[None]:
-    """Within it kernels are not launched but compiled, several at once; it ends when all of them are."""
-    kernels: list[Any] = []
-    others: list[Callable[[], object]] = []
-    token, other_token = _COMPILING.set(kernels), _OTHER_JOBS.set(others)
+def compiled_together() -> Iterator[None]:
+    """Within it kernels are not launched but taken down; when it ends they are compiled in Triton's cache on disk."""
+    launched: list[Any] = []
+    jobs: list[Job] = []
+    token, other = _COMPILING.set(launched), knobs.runtime.jit_cache_hook
+
+    def hook(**kernel: Any) -> Any:
+        """Triton's, before it compiles: True keeps it from that."""
+        if _COMPILING.get() is not launched:  # another thread
+            return other and other(**kernel)
+        jobs.append((kernel["fn"].module, kernel["fn"].name, kernel["compile"]["specialization_data"]))
+        return True
+
+    knobs.runtime.jit_cache_hook = hook
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.cuda.set_device, initargs=(device.index or 0,)) as pool:
-            with triton.AsyncCompileMode(pool):
-                yield
-            started = [pool.submit(job) for job in others]
-            done = [each if isinstance(each, CompiledKernel) else each.result() for each in kernels]
-            build_launchers({id(kernel): kernel for kernel in done}.values(), pool)
-            for each in started:
-                each.result()
+        yield
     finally:
+        knobs.runtime.jit_cache_hook = other
         _COMPILING.reset(token)
-        _OTHER_JOBS.reset(other_token)
+    compile_jobs(jobs, triton.runtime.driver.active.get_current_target())
 
 
 def take_down(job: Callable[[], object]) -> bool:
