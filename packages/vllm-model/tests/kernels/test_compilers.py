@@ -40,13 +40,23 @@ def done(folder: Path) -> dict[str, int]:
 
 
 def test_every_kernel_is_compiled_by_another_process_which_then_ends(job: Job, tmp_path: Path) -> None:
-    compile_jobs([(*job[:2], str(i % 40)) for i in range(50)], None)
+    compile_jobs([(*job[:2], str(i % 40)) for i in range(50)], None).join()
     pids = set(done(tmp_path).values())
     assert set(done(tmp_path)) == {str(i) for i in range(40)}
     assert os.getpid() not in pids
     for pid in pids:
         with pytest.raises(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
+
+
+def test_later_kernels_are_compiled_while_the_caller_goes_on(job: Job, tmp_path: Path) -> None:
+    now, later = [[(*job[:2], f"{name}{i}") for i in range(60)] for name in ("now", "later")]
+    rest = compile_jobs(now, None, later)
+    there = {path.name for path in tmp_path.iterdir()}
+    assert there >= {name for *_, name in now}
+    assert there != {name for *_, name in now + later}
+    rest.join()
+    assert set(done(tmp_path)) == {name for *_, name in now + later}
 
 
 def test_what_does_not_compile_is_left(job: Job, tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ class Steps:
         self._finisher = Finisher(device, rows, max_num_seqs * max(1 + MAX_DRAFT_TOKENS, 3 + 2 * MAX_LOGPROBS))
 
     def compile(self) -> None:
-        """Compile what steps launch, what takes longest first."""
-        self._device.compile(self.short.compile, self.loose.compile, self.decode.compile)
+        """Compile what steps launch; what only guesses need may come later."""
+        self._device.compile(self.loose.compile, self.decode.compile, later=[self.short.compile])
 
     def prepare(self) -> None:
         """Measure and capture what steps need."""

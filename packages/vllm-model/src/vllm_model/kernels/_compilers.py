@@ -12,12 +12,15 @@ import os
 import signal
 import socket
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
-from itertools import islice
+from threading import Thread
 from typing import Any
 
+from triton.compiler import make_backend
 from triton.runtime import driver
 
 from vllm_model.kernels._launchers import build_launcher
@@ -30,48 +33,96 @@ LONGEST_WAIT = 60
 MESSAGE_BYTES = 1 << 16
 
 
-def compile_jobs(jobs: Iterable[Job], target: Any) -> None:
-    """Compile kernels, the first ones first, for a target, Triton's ``GPUTarget``."""
-    messages = [json.dumps(job).encode() for job in dict.fromkeys(jobs)]
-    if not messages:
-        return
-    with suppress(ImportError):
-        from triton.runtime.cache import triton_key
+@cache
+def prepare() -> "Future[Any]":
+    """Begin, in a thread, what Triton does once before it compiles: the future of the target, its ``GPUTarget``.
 
-        triton_key()  # which reads hundreds of megabytes: once, before there are several processes
-    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with mine:
+    It builds a module in C and reads all of itself for the keys of its cache; what is forked later knows these.
+    """
+
+    def run() -> Any:
+        target = driver.active.get_current_target()
+        make_backend(target).hash()
+        with suppress(ImportError):
+            from triton.runtime.cache import triton_key
+
+            triton_key()
+        return target
+
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(run)
+    pool.shutdown(wait=False)
+    return future
+
+
+def compile_jobs(jobs: Sequence[Job], target: Any, later: Sequence[Job] = ()) -> Thread:
+    """Compile kernels, the first ones first.
+
+    Args:
+        jobs: It returns when these are compiled.
+        target: What for, Triton's ``GPUTarget``.
+        later: These are compiled behind them, while the caller goes on.
+
+    Returns:
+        What ends when all is done.
+    """
+    crew = _Crew([*dict.fromkeys([*jobs, *later])], target)
+    crew.wait(len(set(jobs)))
+    rest = Thread(target=crew.finish, name="compilers", daemon=True)
+    rest.start()
+    return rest
+
+
+class _Crew:
+    """Processes at work.
+
+    Args:
+        jobs: All that they will do.
+        target: What for.
+    """
+
+    def __init__(self, jobs: Sequence[Job], target: Any) -> None:
+        self._jobs, self._left, self._sent = jobs, set(range(len(jobs))), 0
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(1.0)
+        processes = min(len(jobs), len(os.sched_getaffinity(0)), MOST_PROCESSES)
         with theirs:
-            pids = [
-                _fork(theirs, mine, target) for _ in range(min(len(messages), len(os.sched_getaffinity(0)), MOST_PROCESSES))
-            ]
-        done = _exchange(mine, messages, pids)
-    for pid in pids:  # they end, since nobody can send to them any more
-        with suppress(OSError):
-            if done < len(messages):
-                os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            self._pids = [_fork(theirs, self._socket, target) for _ in range(processes)]
+        for _ in range(processes):
+            self._send()
 
-
-def _exchange(mine: socket.socket, messages: list[bytes], pids: list[int]) -> int:
-    """Give each process something to do until nothing is left: how many kernels are compiled."""
-    left, done, quiet = iter(messages), 0, 0
-    mine.settimeout(1.0)
-    with suppress(OSError):  # if all of them have ended
-        for message in islice(left, len(pids)):
-            mine.send(message)
-        while done < len(messages) and quiet < LONGEST_WAIT:
+    def wait(self, number: int) -> None:
+        """Until the first jobs are done, so many, or the processes are in trouble."""
+        quiet = 0
+        while quiet < LONGEST_WAIT and any(index < number for index in self._left):
             try:
-                mine.recv(MESSAGE_BYTES)
+                self._left.discard(int(self._socket.recv(MESSAGE_BYTES)))
             except TimeoutError:
                 quiet += 1
-                if any(os.waitpid(pid, os.WNOHANG)[0] for pid in pids):
-                    break
+                if any(_has_ended(pid) for pid in self._pids):
+                    return
                 continue
-            done, quiet = done + 1, 0
-            for message in islice(left, 1):
-                mine.send(message)
-    return done
+            except (OSError, ValueError):  # nobody is there any more
+                return
+            quiet = 0
+            self._send()
+
+    def finish(self) -> None:
+        """Wait for all jobs, then for the processes."""
+        self.wait(len(self._jobs))
+        self._socket.close()  # so they end
+        for pid in self._pids:
+            with suppress(OSError):
+                if self._left:
+                    os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+    def _send(self) -> None:
+        """One more job, for whoever is free."""
+        if self._sent < len(self._jobs):
+            with suppress(OSError):
+                self._socket.send(json.dumps([self._sent, *self._jobs[self._sent]]).encode())
+            self._sent += 1
 
 
 def _fork(jobs: socket.socket, parents: socket.socket, target: Any) -> int:
@@ -91,10 +142,17 @@ def _work(jobs: socket.socket, target: Any) -> None:
     """Compile what comes until nothing can come any more."""
     driver.set_active(_Absent(target))
     while message := jobs.recv(MESSAGE_BYTES):
+        index, module, name, specialization = json.loads(message)
         with suppress(Exception):
-            module, name, specialization = json.loads(message)
             build_launcher(getattr(import_module(module), name).preload(specialization))
-        jobs.send(b"done")
+        jobs.send(str(index).encode())
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return True
 
 
 class _Absent:

@@ -1,8 +1,7 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, attr-defined, misc"
 """What every launch shares."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
@@ -12,15 +11,27 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from vllm_model.kernels._compilers import Job, compile_jobs
+from vllm_model.kernels._compilers import Job, compile_jobs, prepare
 
 _COMPILING: ContextVar[list[Any] | None] = ContextVar("_COMPILING", default=None)
 _OTHER_JOBS: ContextVar[list[Callable[[], object]] | None] = ContextVar("_OTHER_JOBS", default=None)
 
 
-@contextmanager
-def compiled_together() -> Iterator[None]:
-    """Within it kernels are not launched but taken down; when it ends they are compiled in Triton's cache on disk."""
+def compile_together(runs: Iterable[Callable[[], object]], later: Iterable[Callable[[], object]] = ()) -> None:
+    """Compile in Triton's cache what these would launch, several kernels at once; nothing is launched.
+
+    Args:
+        runs: It returns when these need no compiler.
+        later: These are seen to behind it.
+    """
+    prepare().result()
+    jobs = [[job for run in each for job in _jobs_of(run)] for each in (runs, later)]
+    if any(jobs):
+        compile_jobs(jobs[0], triton.runtime.driver.active.get_current_target(), jobs[1])
+
+
+def _jobs_of(run: Callable[[], object]) -> list[Job]:
+    """The kernels that it would launch and that this process has not loaded yet."""
     launched: list[Any] = []
     jobs: list[Job] = []
     token, other = _COMPILING.set(launched), knobs.runtime.jit_cache_hook
@@ -34,11 +45,11 @@ def compiled_together() -> Iterator[None]:
 
     knobs.runtime.jit_cache_hook = hook
     try:
-        yield
+        run()
     finally:
         knobs.runtime.jit_cache_hook = other
         _COMPILING.reset(token)
-    compile_jobs(jobs, triton.runtime.driver.active.get_current_target())
+    return jobs
 
 
 def take_down(job: Callable[[], object]) -> bool:
@@ -50,7 +61,7 @@ def take_down(job: Callable[[], object]) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """``kernel[grid](...)``, or within :func:`compiled_together` only what that needs."""
+    """``kernel[grid](...)``, or within :func:`compile_together` only what that needs."""
     compiling = _COMPILING.get()
     if compiling is not None:
         compiling.append(kernel.warmup(*args, grid=grid, **options))
