@@ -124,5 +124,5 @@ class DecodeSteps:
 
         hidden = forward.layers(token_ids, positions, slots, attend)
         logits = forward.logits(hidden)
-        tokens = self._sampler.draw(logits, slots, positions + 1, mode)
+        tokens = self._sampler.draw(logits, slots, seq_lens, mode)
         return self._sampler.keep(logits, tokens, slots, mode)
