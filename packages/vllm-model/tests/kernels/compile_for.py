@@ -5,7 +5,6 @@ Triton compiles without a card; only the launch needs one.
 """
 
 import sys
-from typing import Any
 
 import torch
 from triton import knobs
@@ -102,12 +101,12 @@ def main() -> None:
     _launch.compile_together([run])
     missing: list[str] = []
     knobs.compilation.listener = lambda **kernel: kernel["cache_hit"] or missing.append(kernel["src"].name)
-    compiled: list[Any] = []
-    _launch._COMPILING.set(compiled)
+    taken = _launch.TakenDown()
+    _launch._TAKING_DOWN.set(taken)
     run()
     if missing:
         sys.exit(f"not compiled together: {missing}")
-    for kernel in compiled:
+    for kernel in taken.kernels:
         print(kernel.metadata.name, kernel.metadata.shared)  # noqa: T201
 
 

@@ -40,7 +40,9 @@ def done(folder: Path) -> dict[str, int]:
 
 
 def test_every_kernel_is_compiled_by_another_process_which_then_ends(job: Job, tmp_path: Path) -> None:
-    compile_jobs([(*job[:2], str(i % 40)) for i in range(50)], None).join()
+    rest = compile_jobs([(*job[:2], str(i % 40)) for i in range(50)], None)
+    assert rest is not None
+    rest.join()
     pids = set(done(tmp_path).values())
     assert set(done(tmp_path)) == {str(i) for i in range(40)}
     assert os.getpid() not in pids
@@ -51,12 +53,23 @@ def test_every_kernel_is_compiled_by_another_process_which_then_ends(job: Job, t
 
 def test_later_kernels_are_compiled_while_the_caller_goes_on(job: Job, tmp_path: Path) -> None:
     now, later = [[(*job[:2], f"{name}{i}") for i in range(60)] for name in ("now", "later")]
-    rest = compile_jobs(now, None, later)
+    rest = compile_jobs(now, None, later=later)
+    assert rest is not None
     there = {path.name for path in tmp_path.iterdir()}
     assert there >= {name for *_, name in now}
     assert there != {name for *_, name in now + later}
     rest.join()
     assert set(done(tmp_path)) == {name for *_, name in now + later}
+
+
+def test_other_work_is_done_by_threads_meanwhile(job: Job, tmp_path: Path) -> None:
+    pids: list[int] = []
+    compile_jobs([(*job[:2], "a")], None, others=[lambda: pids.append(os.getpid())] * 3)
+    assert pids == [os.getpid()] * 3
+    assert compile_jobs([], None, others=[lambda: pids.append(0)]) is None
+    assert pids[-1] == 0
+    with pytest.raises(ZeroDivisionError):
+        compile_jobs([], None, others=[lambda: 1 // 0])
 
 
 def test_what_does_not_compile_is_left(job: Job, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -55,19 +55,30 @@ def prepare() -> "Future[Any]":
     return future
 
 
-def compile_jobs(jobs: Sequence[Job], target: Any, later: Sequence[Job] = ()) -> Thread:
+def compile_jobs(
+    jobs: Sequence[Job], target: Any, *, later: Sequence[Job] = (), others: Iterable[Callable[[], object]] = ()
+) -> Thread | None:
     """Compile kernels, the first ones first.
 
     Args:
         jobs: It returns when these are compiled.
         target: What for, Triton's ``GPUTarget``.
         later: These are compiled behind them, while the caller goes on.
+        others: What is done by threads at the same time; it returns when that is done too.
 
     Returns:
-        What ends when all is done.
+        What ends when all is done; None if nothing is left.
     """
-    crew = _Crew([*dict.fromkeys([*jobs, *later])], target)
-    crew.wait(len(set(jobs)))
+    order = [*dict.fromkeys([*jobs, *later])]
+    crew = _Crew(order, target) if order else None  # forked before there are threads
+    with ThreadPoolExecutor(MOST_PROCESSES) as pool:
+        running = [pool.submit(other) for other in others]
+        if crew is not None:
+            crew.wait(len(set(jobs)))
+    for each in running:
+        each.result()
+    if crew is None:
+        return None
     rest = Thread(target=crew.finish, name="compilers", daemon=True)
     rest.start()
     return rest

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -13,8 +14,20 @@ from triton import knobs
 
 from vllm_model.kernels._compilers import Job, compile_jobs, prepare
 
-_COMPILING: ContextVar[list[Any] | None] = ContextVar("_COMPILING", default=None)
-_OTHER_JOBS: ContextVar[list[Callable[[], object]] | None] = ContextVar("_OTHER_JOBS", default=None)
+
+@dataclass(slots=True)
+class TakenDown:
+    """What would have been launched."""
+
+    kernels: list[Any] = field(default_factory=list)
+    """Triton's that are compiled."""
+    jobs: list[Job] = field(default_factory=list)
+    """Triton's that are not."""
+    others: dict[str, Callable[[], object]] = field(default_factory=dict)
+    """What compiles another kernel, by what it compiles."""
+
+
+_TAKING_DOWN: ContextVar[TakenDown | None] = ContextVar("_TAKING_DOWN", default=None)
 
 
 def compile_together(runs: Iterable[Callable[[], object]], later: Iterable[Callable[[], object]] = ()) -> None:
@@ -22,49 +35,48 @@ def compile_together(runs: Iterable[Callable[[], object]], later: Iterable[Calla
 
     Args:
         runs: It returns when these need no compiler.
-        later: These are seen to behind it.
+        later: Triton's kernels of these are compiled behind it.
     """
     prepare().result()
-    jobs = [[job for run in each for job in _jobs_of(run)] for each in (runs, later)]
-    if any(jobs):
-        compile_jobs(jobs[0], triton.runtime.driver.active.get_current_target(), jobs[1])
+    now, then = _taken_down(runs), _taken_down(later)
+    others = (now.others | then.others).values()
+    compile_jobs(now.jobs, triton.runtime.driver.active.get_current_target(), later=then.jobs, others=others)
 
 
-def _jobs_of(run: Callable[[], object]) -> list[Job]:
-    """The kernels that it would launch and that this process has not loaded yet."""
-    launched: list[Any] = []
-    jobs: list[Job] = []
-    token, other = _COMPILING.set(launched), knobs.runtime.jit_cache_hook
+def _taken_down(runs: Iterable[Callable[[], object]]) -> TakenDown:
+    taken = TakenDown()
+    token, other = _TAKING_DOWN.set(taken), knobs.runtime.jit_cache_hook
 
     def hook(**kernel: Any) -> Any:
         """Triton's, before it compiles: True keeps it from that."""
-        if _COMPILING.get() is not launched:  # another thread
+        if _TAKING_DOWN.get() is not taken:  # another thread
             return other and other(**kernel)
-        jobs.append((kernel["fn"].module, kernel["fn"].name, kernel["compile"]["specialization_data"]))
+        taken.jobs.append((kernel["fn"].module, kernel["fn"].name, kernel["compile"]["specialization_data"]))
         return True
 
     knobs.runtime.jit_cache_hook = hook
     try:
-        run()
+        for run in runs:
+            run()
     finally:
         knobs.runtime.jit_cache_hook = other
-        _COMPILING.reset(token)
-    return jobs
+        _TAKING_DOWN.reset(token)
+    return taken
 
 
-def take_down(job: Callable[[], object]) -> bool:
-    """Within :func:`compiled_together`: have ``job`` done with what is compiled, and launch nothing."""
-    jobs = _OTHER_JOBS.get()
-    if jobs is not None:
-        jobs.append(job)
-    return jobs is not None
+def take_down(name: str, compile: Callable[[], object]) -> bool:  # noqa: A002
+    """Within :func:`compile_together`: have another kernel than Triton's compiled too, once a name, and launch nothing."""
+    taken = _TAKING_DOWN.get()
+    if taken is not None:
+        taken.others[name] = compile
+    return taken is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](...)``, or within :func:`compile_together` only what that needs."""
-    compiling = _COMPILING.get()
-    if compiling is not None:
-        compiling.append(kernel.warmup(*args, grid=grid, **options))
+    taken = _TAKING_DOWN.get()
+    if taken is not None:
+        taken.kernels.append(kernel.warmup(*args, grid=grid, **options))
     else:
         kernel[grid](*args, **options)
 
