@@ -148,3 +148,21 @@ def test_a_full_first_chunk_is_a_graph(random_model: Callable[..., tuple[Path, A
 
     small, large = run(256), run(1024)
     assert sum(a == b for a, b in zip(small, large, strict=True)) >= 4
+
+
+def test_whatever_a_start_launches_was_compiled_together(
+    random_model: Callable[..., tuple[Path, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an empty cache: each kernel up to the first token is found there, by a shape that no other test has."""
+    from triton import knobs
+
+    seen: list[tuple[str, bool]] = []
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(knobs.compilation, "listener", lambda **kernel: seen.append((kernel["src"].name, kernel["cache_hit"])))
+    folder, _ = random_model("Qwen3ForCausalLM", **SHAPE | {"hidden_size": 320, "intermediate_size": 640}, num_hidden_layers=4)
+    engine = Engine(load(folder), config=EngineConfig(max_num_seqs=48))
+    engine.add_request("a", list(range(50)), SamplingParams(temperature=0.5, seed=1, max_tokens=3, ignore_eos=True))
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert len(seen) > 5
+    assert [name for name, hit in seen if not hit] == []

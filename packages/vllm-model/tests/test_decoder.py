@@ -116,3 +116,15 @@ def test_last_layer_runs_only_the_rows_that_are_wanted(
         some = backend._hidden(batch, np.array([3, 9]))
     torch.testing.assert_close(some, every[[3, 9]])
     assert len(backend._hidden(batch, np.array([], np.int64))) == 0  # a chunk of a prompt
+
+
+def test_a_cut_decoder_has_the_first_layers_alone(
+    random_model: Callable[..., tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = random_model("Qwen3ForCausalLM", num_hidden_layers=3)
+    decoder = backend_of(folder, "torch", monkeypatch).decoder
+    assert decoder is not None
+    short = decoder.cut(2)
+    assert [id(layer) for layer in short.layers] == [id(layer) for layer in decoder.layers[:2]]
+    assert (short.config.num_layers, decoder.config.num_layers, len(decoder.layers)) == (2, 3, 3)
+    assert short.embedding is decoder.embedding

@@ -244,7 +244,9 @@ def _backend_class(config: ModelConfig, device: torch.device, dtype: torch.dtype
     half = device.type == "cuda" and dtype != torch.float32
     if half and 16 <= config.head_dim <= 256 and importlib.util.find_spec("triton") is not None:
         from vllm_model.cuda_backend import CudaBackend
+        from vllm_model.kernels._compilers import prepare
 
+        prepare()  # while weights are loaded
         return CudaBackend
     return TorchBackend
 

@@ -58,6 +58,7 @@ class CudaBackend:
         self.kv_cache_dtype = kv_cache_dtype or self.dtype
         self.steps: Steps | None = None
         self._device = Device(self.device)
+        self._compiled = False
         self._kv_cache_memory_bytes = kv_cache_memory_bytes
         self._gpu_memory_utilization = gpu_memory_utilization
 
@@ -73,7 +74,8 @@ class CudaBackend:
         try:
             with self._device.running():
                 sizes = (max_num_seqs, blocks, max_num_batched_tokens)
-                fixed, _ = self._device.taken_by(lambda: made.append(self._make_steps(block_size, 1, *sizes)))
+                self._compile(block_size, *sizes)
+                fixed, _ = self._device.taken_by(lambda: made.append(self._make_steps(self.decoder, block_size, 1, *sizes)))
                 reserved = fixed + made[0].measure()
         except torch.OutOfMemoryError as error:
             raise BackendOutOfMemoryError("The widest step does not fit into the device's memory.") from error
@@ -87,18 +89,31 @@ class CudaBackend:
     def initialize(self, state: BatchState, *, num_blocks: int, max_num_batched_tokens: int) -> None:
         try:
             with self._device.running():
-                self.steps = self._make_steps(
-                    state.block_size, num_blocks, state.max_num_seqs, state.max_blocks_per_seq, max_num_batched_tokens
-                )
+                sizes = (state.max_num_seqs, state.max_blocks_per_seq, max_num_batched_tokens)
+                self._compile(state.block_size, *sizes)
+                self.steps = self._make_steps(self.decoder, state.block_size, num_blocks, *sizes)
                 self.steps.prepare()
         except torch.OutOfMemoryError as error:
             self.steps = None
             raise BackendOutOfMemoryError(f"{num_blocks} KV blocks do not fit into the device's memory.") from error
 
+    def _compile(self, *sizes: int) -> None:
+        """Compile what steps launch, once: in two layers, since those between launch what the last one does."""
+        if not self._compiled:
+            block_size, *others = sizes
+            self._make_steps(self.decoder.cut(2), block_size, 1, *others).compile()
+            self._compiled = True
+
     def _make_steps(
-        self, block_size: int, num_blocks: int, max_num_seqs: int, max_blocks: int, max_num_batched_tokens: int
+        self,
+        decoder: Decoder,
+        block_size: int,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_blocks: int,
+        max_num_batched_tokens: int,
     ) -> Steps:
-        config = self.config
+        config = decoder.config
         cache = PagedKvCache(
             num_layers=config.num_layers,
             num_blocks=num_blocks,
@@ -110,7 +125,7 @@ class CudaBackend:
         )
         return Steps(
             self._device,
-            self.decoder,
+            decoder,
             cache,
             max_num_seqs=max_num_seqs,
             max_blocks=max_blocks,

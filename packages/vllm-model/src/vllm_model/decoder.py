@@ -1,6 +1,7 @@
 """One decoder for Llama, Mistral, Qwen2 and Qwen3: RMSNorm, grouped-query attention, SwiGLU."""
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,13 @@ class Decoder:
         cos, sin = rotary_tables(config.rope, config.head_dim, max_len)
         self.rotary = cos.to(self.embedding.device), sin.to(self.embedding.device)
         self._attention: list[GqaAttention] = []
+
+    def cut(self, layers: int) -> "Decoder":
+        """The same weights with the first layers alone."""
+        short = copy(self)
+        short.layers = self.layers[:layers]
+        short.config = replace(self.config, num_layers=len(short.layers))
+        return short
 
     def attach(self, cache: PagedKvCache) -> None:
         """Use this cache from now on."""

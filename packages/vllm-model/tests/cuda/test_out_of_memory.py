@@ -90,7 +90,7 @@ def test_memory_that_is_missed_when_tokens_are_read_costs_nobody_a_token(
 
 def test_the_widest_steps_are_tried_before_the_cache_is_sized(make_backend: Callable[..., Any]) -> None:
     backend = make_backend()
-    steps = backend._make_steps(16, 1, 4, 16, 64)
+    steps = backend._make_steps(backend.decoder, 16, 1, 4, 16, 64)
     with backend._device.running():
         assert steps.measure() > 0
 

@@ -1,12 +1,13 @@
 """Compile the kernels for another card than this machine's, or none: ``compile_for.py CAPABILITY``, 89 for one.
 
-Prints a kernel and its bytes of shared memory in a line. Triton compiles without a card; only the launch needs one.
+Several processes fill the cache, then each kernel is found there: it prints a kernel and its bytes of shared memory in a line.
+Triton compiles without a card; only the launch needs one.
 """
 
 import sys
-from typing import Any
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -91,12 +92,21 @@ def main() -> None:
     capability = int(sys.argv[1])
     driver.set_active(Absent(capability))
     decode_plan.has_large_shared_memory = lambda device: False
-    compiled: list[Any] = []
-    _launch._COMPILING.set(compiled)
-    for head_dim in (128, 256):
-        attention(head_dim, capability >= 89)
-    others()
-    for kernel in compiled:
+
+    def run() -> None:
+        for head_dim in (128, 256):
+            attention(head_dim, capability >= 89)
+        others()
+
+    _launch.compile_together([run])
+    missing: list[str] = []
+    knobs.compilation.listener = lambda **kernel: kernel["cache_hit"] or missing.append(kernel["src"].name)
+    taken = _launch.TakenDown()
+    _launch._TAKING_DOWN.set(taken)
+    run()
+    if missing:
+        sys.exit(f"not compiled together: {missing}")
+    for kernel in taken.kernels:
         print(kernel.metadata.name, kernel.metadata.shared)  # noqa: T201
 
 

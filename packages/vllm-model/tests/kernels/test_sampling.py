@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vllm_model.kernels.sampling import MANY_ROWS, SamplerWorkspace, filter_reference, sample, sample_reference
+from vllm_model.kernels.sampling import SamplerWorkspace, filter_reference, sample, sample_reference
 from vllm_model.noise import gumbel_noise
 
 Check = Callable[..., None]
@@ -56,6 +56,38 @@ def test_noise_is_the_reference(vocab: int, device: str) -> None:
     noise = gumbel_noise(p["seed"][slots.long()][:, None], positions[:, None], torch.arange(vocab, device=device)[None])
     best = noise.amax(-1)
     assert (noise.gather(1, got[:, None])[:, 0] >= best - 1e-5).all()
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("spread", [0.0, 0.5, 5.0, 300.0])
+def test_no_token_that_wins_is_passed_over(vocab: int, spread: float, device: str) -> None:
+    """Most are decided by a part of their hash: whatever the temperature, what is drawn has the greatest sum."""
+    slots, positions = rows_of(device)
+    p = parameters(device, temperature=1.0, seed=0)
+    p["temperature"] = torch.tensor([0.6, 1.0, 0.01, 40.0, 0.7, 2.0, 1e-3, 1.3], device=device)
+    p["seed"] = torch.randint(-(2**62), 2**62, (ROWS + 2,), device=device)
+    logits = (torch.randn(ROWS, vocab, device=device) * spread).bfloat16()
+    workspace = SamplerWorkspace(ROWS, device)
+    got = sample(logits, slots, positions, **p, workspace=workspace).long()
+    by_row = {name: value[slots.long()][:, None] for name, value in p.items()}
+    noise = gumbel_noise(by_row["seed"], positions[:, None], torch.arange(vocab, device=device)[None])
+    total = logits.double() / by_row["temperature"].double() + noise
+    best = total.amax(-1)
+    assert (total.gather(1, got[:, None])[:, 0] >= best - 1e-5 - 3e-7 * best.abs()).all()
+    assert (workspace.bounds == workspace.LEAST).all()
+
+
+def test_without_noise_to_speak_of_the_first_of_the_greatest_is_drawn(device: str) -> None:
+    """Also of infinite logits."""
+    slots, positions = rows_of(device)
+    p = parameters(device, temperature=0.5, seed=9)
+    logits = torch.full((ROWS, 3000), float("-inf"), device=device)
+    logits[0, [700, 2900]] = float("inf")
+    logits[1, 2999] = -7.0
+    logits[2, 2], logits[2, 1000] = 1e5, 1.1e5
+    got = sample(logits, slots, positions, **p, workspace=SamplerWorkspace(ROWS, device))
+    assert got[:3].tolist() == [700, 2999, 1000]
+    assert ((got >= 0) & (got < 3000)).all()
 
 
 CASES = [
@@ -114,7 +146,7 @@ def test_a_row_is_the_same_alone_and_in_a_crowd(device: str) -> None:
 
 def test_many_rows_are_drawn_like_few(device: str) -> None:
     """They run in another launch shape."""
-    rows = MANY_ROWS + 1
+    rows = 33
     logits, slots = torch.randn(rows, 1500, device=device), torch.arange(rows, dtype=torch.int32, device=device)
     temperature, seed = torch.full((rows,), 0.7, device=device), torch.arange(rows, device=device)
     workspace = SamplerWorkspace(rows, device)

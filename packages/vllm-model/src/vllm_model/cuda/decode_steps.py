@@ -49,7 +49,7 @@ class DecodeSteps:
     def compile(self) -> None:
         """Launch what the steps need, for :meth:`Device.compile`."""
         first, last = self.sizes[0], self.sizes[-1]
-        for size in sorted({first, *(min(size, last) for size in (2, 64, 128)), last}):
+        for size in sorted({first, *(min(size, last) for size in (2, 64, 96, 128)), last}):
             self._run(self._empty(size), size, Sampling(), False, torch.zeros)  # what is not launched leaves no token ids
         if last > FEW_ROWS:
             self._run(self._empty(last), last, Sampling(), True, torch.zeros)
@@ -124,5 +124,5 @@ class DecodeSteps:
 
         hidden = forward.layers(token_ids, positions, slots, attend)
         logits = forward.logits(hidden)
-        tokens = self._sampler.draw(logits, slots, positions + 1, mode)
+        tokens = self._sampler.draw(logits, slots, seq_lens, mode)
         return self._sampler.keep(logits, tokens, slots, mode)

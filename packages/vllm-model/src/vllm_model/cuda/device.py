@@ -4,7 +4,7 @@
 Without a CUDA device, for Triton's interpreter, work runs at once and a graph runs anew what it captured.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_model.kernels._launch import compiled_together
+from vllm_model.kernels._launch import compile_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,11 @@ class Device:
         with torch.inference_mode(), torch.cuda.stream(self._stream) if self._is_cuda else nullcontext():
             yield
 
-    def compile(self, *runs: Callable[[], object]) -> None:
-        """Compile what these would launch, several kernels at once; nothing is launched."""
+    def compile(self, *runs: Callable[[], object], later: Sequence[Callable[[], object]] = ()) -> None:
+        """Compile what these would launch, as :func:`compile_together`."""
         if self._is_cuda:
-            with torch.inference_mode(), compiled_together(self.device):
-                for run in runs:
-                    run()
+            with torch.inference_mode():
+                compile_together(runs, later)
 
     def reclaim(self) -> None:
         """Give back to the device what nobody holds any more."""

@@ -18,6 +18,9 @@ from vllm_traits.backend import CompletedStep
 from vllm_traits.batch import Batch
 from vllm_traits.sampling_params import MAX_LOGPROBS
 
+MANY_TOKENS = 512
+"""From here on all products are the library's."""
+
 
 class LooseSteps:
     """Runs them.
@@ -43,14 +46,15 @@ class LooseSteps:
     def compile(self) -> None:
         """Launch what the steps need, for :meth:`Device.compile`."""
         forward = self._forward
-        tokens = torch.zeros(128, dtype=torch.int32, device=self._device.device)
+        tokens = torch.zeros(MANY_TOKENS, dtype=torch.int32, device=self._device.device)
         none, starts = tokens[:4] - 1, tokens[:8]
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
             return forward.attend_chunks(layer, q, none, starts[:5], none)
 
         for room in (0, len(tokens)) if forward.has_library else (0,):
-            forward.layers(tokens, tokens, tokens, attend, room=room)
+            hidden = forward.layers(tokens, tokens, tokens, attend, room=room)
+        self._sampler.draw(forward.logits(hidden[:4]), none, starts[:4], Sampling("filtered"))
 
     def run_widest(self) -> None:
         """What takes the most memory: the longest step, the most logits at once, and a prompt's scores; nothing is written."""

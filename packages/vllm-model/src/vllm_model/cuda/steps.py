@@ -66,9 +66,12 @@ class Steps:
         self.loose = LooseSteps(device, forward, rows, sampler, plans, max_num_batched_tokens)
         self._finisher = Finisher(device, rows, max_num_seqs * max(1 + MAX_DRAFT_TOKENS, 3 + 2 * MAX_LOGPROBS))
 
+    def compile(self) -> None:
+        """Compile what steps launch; what only guesses need may come later."""
+        self._device.compile(self.loose.compile, self.decode.compile, later=[self.short.compile])
+
     def prepare(self) -> None:
-        """Compile and capture what steps need."""
-        self._device.compile(self.decode.compile, self.short.compile, self.loose.compile)
+        """Measure and capture what steps need."""
         if self._forward.cache.scales is not None:
             measure_scales(self._device, self._forward)
         self.chunk.capture_all()
@@ -77,7 +80,6 @@ class Steps:
     def measure(self) -> int:
         """Try the widest steps: bytes to keep for any step and all graphs, besides what is allocated by now."""
         device = self._device
-        device.compile(self.decode.compile, self.short.compile, self.loose.compile)
         _, peak = device.taken_by(self.loose.run_widest)
         graphs = list[Graph]()  # while one is there, others may share its memory
         widest, _ = device.taken_by(lambda: graphs.extend(self.chunk.capture_widest() + self.decode.capture_widest()))

@@ -1,57 +1,82 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, attr-defined, misc"
 """What every launch shares."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.compiler import CompiledKernel  # type: ignore[attr-defined, unused-ignore]
+from triton import knobs
 
-from vllm_model.kernels._launchers import build_launchers
-
-_COMPILING: ContextVar[list[Any] | None] = ContextVar("_COMPILING", default=None)
-_OTHER_JOBS: ContextVar[list[Callable[[], object]] | None] = ContextVar("_OTHER_JOBS", default=None)
+from vllm_model.kernels._compilers import Job, compile_jobs, prepare
 
 
-@contextmanager
-def compiled_together(device: torch.device, workers: int = 16) -> Iterator[None]:
-    """Within it kernels are not launched but compiled, several at once; it ends when all of them are."""
-    kernels: list[Any] = []
-    others: list[Callable[[], object]] = []
-    token, other_token = _COMPILING.set(kernels), _OTHER_JOBS.set(others)
+@dataclass(slots=True)
+class TakenDown:
+    """What would have been launched."""
+
+    kernels: list[Any] = field(default_factory=list)
+    """Triton's that are compiled."""
+    jobs: list[Job] = field(default_factory=list)
+    """Triton's that are not."""
+    others: dict[str, Callable[[], object]] = field(default_factory=dict)
+    """What compiles another kernel, by what it compiles."""
+
+
+_TAKING_DOWN: ContextVar[TakenDown | None] = ContextVar("_TAKING_DOWN", default=None)
+
+
+def compile_together(runs: Iterable[Callable[[], object]], later: Iterable[Callable[[], object]] = ()) -> None:
+    """Compile in Triton's cache what these would launch, several kernels at once; nothing is launched.
+
+    Args:
+        runs: It returns when these need no compiler.
+        later: Triton's kernels of these are compiled behind it.
+    """
+    prepare().result()
+    now, then = _taken_down(runs), _taken_down(later)
+    others = (now.others | then.others).values()
+    compile_jobs(now.jobs, triton.runtime.driver.active.get_current_target(), later=then.jobs, others=others)
+
+
+def _taken_down(runs: Iterable[Callable[[], object]]) -> TakenDown:
+    taken = TakenDown()
+    token, other = _TAKING_DOWN.set(taken), knobs.runtime.jit_cache_hook
+
+    def hook(**kernel: Any) -> Any:
+        """Triton's, before it compiles: True keeps it from that."""
+        if _TAKING_DOWN.get() is not taken:  # another thread
+            return other and other(**kernel)
+        taken.jobs.append((kernel["fn"].module, kernel["fn"].name, kernel["compile"]["specialization_data"]))
+        return True
+
+    knobs.runtime.jit_cache_hook = hook
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.cuda.set_device, initargs=(device.index or 0,)) as pool:
-            with triton.AsyncCompileMode(pool):
-                yield
-            started = [pool.submit(job) for job in others]
-            done = [each if isinstance(each, CompiledKernel) else each.result() for each in kernels]
-            build_launchers({id(kernel): kernel for kernel in done}.values(), pool)
-            for each in started:
-                each.result()
+        for run in runs:
+            run()
     finally:
-        _COMPILING.reset(token)
-        _OTHER_JOBS.reset(other_token)
+        knobs.runtime.jit_cache_hook = other
+        _TAKING_DOWN.reset(token)
+    return taken
 
 
-def take_down(job: Callable[[], object]) -> bool:
-    """Within :func:`compiled_together`: have ``job`` done with what is compiled, and launch nothing."""
-    jobs = _OTHER_JOBS.get()
-    if jobs is not None:
-        jobs.append(job)
-    return jobs is not None
+def take_down(name: str, compile: Callable[[], object]) -> bool:  # noqa: A002
+    """Within :func:`compile_together`: have another kernel than Triton's compiled too, once a name, and launch nothing."""
+    taken = _TAKING_DOWN.get()
+    if taken is not None:
+        taken.others[name] = compile
+    return taken is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """``kernel[grid](...)``, or within :func:`compiled_together` only what that needs."""
-    compiling = _COMPILING.get()
-    if compiling is not None:
-        compiling.append(kernel.warmup(*args, grid=grid, **options))
+    """``kernel[grid](...)``, or within :func:`compile_together` only what that needs."""
+    taken = _TAKING_DOWN.get()
+    if taken is not None:
+        taken.kernels.append(kernel.warmup(*args, grid=grid, **options))
     else:
         kernel[grid](*args, **options)
 

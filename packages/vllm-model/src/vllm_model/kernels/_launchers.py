@@ -1,13 +1,11 @@
 # mypy: disable-error-code="no-untyped-call, attr-defined, import-not-found, import-untyped, unused-ignore"
-"""Triton 3.6 compiles a C function to launch each kernel, one after the other on first use: here they are built together.
+"""Triton 3.6 compiles a C function to launch each kernel, one after the other on first use: here it is built with the kernel.
 
-They are only put into its cache on disk; Triton loads them itself, one by one: loaded several at once they get mixed up.
+It is only put into Triton's cache on disk; Triton loads it itself.
 """
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable
-from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +14,10 @@ from typing import Any
 NAME = "__triton_launcher"
 
 
-def build_launchers(kernels: Iterable[Any], pool: Executor) -> None:
-    """Build what launches these compiled kernels. Where Triton does it another way, nothing is done."""
+def build_launcher(kernel: Any) -> None:
+    """Build what launches this compiled kernel. Where Triton does it another way, nothing is done."""
     with suppress(Exception):  # a cache that is not filled costs time alone
-        list(pool.map(_build, {_source(kernel) for kernel in kernels}))
+        _build(_source(kernel))
 
 
 def _source(kernel: Any) -> str:
@@ -42,5 +40,7 @@ def _build(source: str) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"{NAME}.c"
         path.write_text(source)
-        built = build._build(NAME, str(path), folder, driver.library_dirs(), driver.include_dirs, driver.libraries, [])
+        built = build._build(
+            NAME, str(path), folder, driver.library_dirs(), driver.include_dirs, driver.libraries, ["-O0"]
+        )  # half the time
         cache.put(Path(built).read_bytes(), file, binary=True)

@@ -200,7 +200,7 @@ def launch_cluster(
     if k % 64 or n % 8 or out.stride(0) % 8 or out.stride(1) != 1:
         raise ValueError(f"no product by clusters of {tuple(x.shape)} with {tuple(weight.shape)}")
     text = source(config, x.dtype, silu, scale is not None, residual is not None)
-    if take_down(lambda: compiled(text)):
+    if take_down(text, lambda: compiled(text)):
         return
     from cuda.bindings import driver
 

@@ -15,8 +15,11 @@ import triton.language as tl
 from vllm_model.kernels._launch import launch, launch_options, num_sms, power_of_two, wait_for_previous
 from vllm_model.noise import gumbel_noise
 
-MANY_ROWS = 32
-"""From here on rows are drawn by programs of one warp."""
+LANES = 32
+EACH = 8
+"""Tokens that a lane of a program takes at once, 16 bytes of 16-bit logits; it compares their least hash."""
+PROGRAMS = 32
+"""Programs of one warp on a multiprocessor."""
 
 
 @triton.jit
@@ -43,17 +46,17 @@ def _noise_keys(seed, position):
 
 
 @triton.jit
-def _bits(token, first, second):
-    """32 random bits of int32 tokens under one pair of keys, those of ``noise.gumbel_noise``."""
+def _bits_in_part(token, first, second, factor):
+    """32 bits of int32 tokens under one pair of keys; the upper 16 are those of ``noise.noise_bits``, the others nearly."""
     x = token.to(tl.uint32) + first
     x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15) ^ second) * 0x846CA68B
-    return x ^ (x >> 16)
+    return (x ^ (x >> 15) ^ second) * factor
 
 
 @triton.jit
 def _gumbel(x):
-    """``noise.gumbel_noise`` of :func:`_bits`."""
+    """``noise.gumbel_noise`` of :func:`_bits_in_part`."""
+    x = x ^ (x >> 16)
     v = tl.minimum(x.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
     series = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * 0.25)))
     return -tl.log(tl.where(v < 0.015625, series, -tl.log(1.0 - v)))
@@ -143,6 +146,17 @@ def _threshold_kernel(
     tl.store(threshold_ptr + row, threshold)
 
 
+@triton.jit
+def _can_win(bits, reach, bound):
+    """Whether a token of the hash ``bits`` can have a sum of ``bound``, with a scaled logit of at most ``reach``.
+
+    Noise is -log(e) with e >= v for the random v of a token: it cannot where v > exp(reach - bound).
+    """
+    lead = reach - bound
+    limit = (tl.exp(tl.minimum(lead, 0.0)) * 4294901760.0).to(tl.uint32) | 0xFFFF  # the lower 16 bits are not known
+    return tl.max(((bits <= limit) | (lead >= 0.0)).to(tl.int32), axis=0) > 0
+
+
 @triton.jit(do_not_specialize=["share", "splits"])
 def _draw_kernel(
     logits_ptr,  # [rows, vocab]
@@ -151,20 +165,29 @@ def _draw_kernel(
     seed_ptr,  # int64 [max_slots]
     positions_ptr,  # [rows]
     threshold_ptr,  # float32 [rows]
+    bound_ptr,  # float32 [rows], LEAST between launches
     part_value_ptr,  # float32 [rows, SPLITS]
     part_token_ptr,  # int32 [rows, SPLITS]
     count_ptr,  # int32 [rows], zero between launches
     out_ptr,  # int32 [rows]
     logits_stride,
     vocab,
-    share,
+    share,  # blocks of a program
     splits,
     SPLITS_BLOCK: tl.constexpr,
     FILTER: tl.constexpr,
     RANDOM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    EACH: tl.constexpr,
+    LEAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """The greatest of ``logit / temperature + noise``: for nearly all tokens a part of the hash is all that is needed.
+
+    What a row's programs have found bounds what can win, so noise is only computed where a lane's least hash is small enough
+    for its greatest logit: first of that one token of each lane, then, rarely, of all. A bound that comes late from another
+    program lets through more, and changes nothing.
+    """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     wait_for_previous(PDL)
@@ -173,62 +196,87 @@ def _draw_kernel(
         if split == 0:
             tl.store(out_ptr + row, -1)
     else:
-        offset = tl.arange(0, BLOCK)
-        best = tl.full([BLOCK], float("-inf"), tl.float32)
-        best_token = tl.full([BLOCK], 0, tl.int32) + offset + split * share
+        begin = split * share * (LANES * EACH)
+        end = tl.minimum(begin + share * (LANES * EACH), vocab)
+        offset = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+        logits_ptr += row * logits_stride
+        ahead = tl.load(logits_ptr + begin + offset, mask=begin + offset < vocab, other=float("-inf"))
+        best = float("-inf")
+        best_token = begin
         if RANDOM:
             temperature = tl.load(temperature_ptr + slot)
             greedy = temperature <= 0.0
             temperature = tl.where(greedy, 1.0, temperature)
             inverse = 1.0 / temperature
-            bound = -1.0e30  # the greatest so far
             first, second = _noise_keys(tl.load(seed_ptr + slot), tl.load(positions_ptr + row))
+            factor = tl.where(greedy, 0, 0x846CA68B).to(tl.uint32)  # of a greedy row all hashes are 0
+            bound = LEAST
         if FILTER:
             threshold = tl.load(threshold_ptr + row)
-        for start in range(split * share, tl.minimum(split * share + share, vocab), BLOCK):
+        for start in range(begin, end, LANES * EACH):
             token = start + offset
-            x = tl.load(logits_ptr + row * logits_stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+            x = ahead.to(tl.float32)
+            following = token + LANES * EACH
+            ahead = tl.load(logits_ptr + following, mask=following < vocab, other=float("-inf"))
             if RANDOM:
-                near = tl.maximum(x * inverse, -1.0e30)
+                bits = _bits_in_part(token, first, second, factor)
+                least = tl.min(bits, axis=1)  # [LANES]
+                reach = tl.minimum(tl.maximum(tl.max(x, axis=1) * inverse, LEAST), -LEAST)
+                reach += tl.abs(reach) * 4e-7 + 1e-3  # more than what is rounded here
                 if FILTER:
-                    near = tl.where(x / temperature >= threshold, near, -1.0e30)
-                # Noise is -log(e) with e >= v for the random v of a token: where v >= exp(x - bound), the token cannot win.
-                bits = _bits(token, first, second)
-                lead = near - bound + tl.abs(near) * 4e-7 + 1e-3  # more than what is rounded here
-                limit = tl.where(greedy, 2.0, tl.exp(tl.minimum(lead, 20.0)))
-                hopeful = bits.to(tl.float32) * 2.3283064365386963e-10 < limit
-                if tl.max(hopeful.to(tl.int32), axis=0) > 0:
-                    x = x / temperature
+                    reach = tl.where(reach >= threshold, reach, 2.0 * LEAST)
+                hopeful = _can_win(least, reach, bound)
+                if hopeful:
+                    bound = tl.maximum(bound, tl.load(bound_ptr + row, volatile=True))
+                    hopeful = _can_win(least, reach, bound)
+                if hopeful:
+                    mine = bits == least[:, None]
+                    greatest = tl.max(tl.where(mine, x, float("-inf")), axis=1)
+                    which = tl.min(tl.where(mine & (x == greatest[:, None]), token, 0x7FFFFFFF), axis=1)
+                    total = greatest / temperature
                     if FILTER:
-                        x = tl.where(x >= threshold, x, float("-inf"))
-                    if not greedy:
-                        x += _gumbel(bits)
-                    better = x > best  # strictly: of equal ones the first token stays
-                    best = tl.where(better, x, best)
-                    best_token = tl.where(better, token, best_token)
-                    bound = tl.max(best, axis=0)
+                        total = tl.where(total >= threshold, total, float("-inf"))
+                    total += tl.where(greedy, 0.0, _gumbel(least))
+                    value = tl.max(total, axis=0)
+                    if value > best:  # strictly: of equal ones the first token stays
+                        best = value
+                        best_token = tl.min(tl.where(total == value, which, 0x7FFFFFFF), axis=0)
+                        if best > bound:
+                            bound = tl.minimum(best, -LEAST)
+                            tl.atomic_max(bound_ptr + row, bound, sem="relaxed", scope="gpu")
+                    if _can_win(tl.min(tl.where(mine, 0xFFFFFFFF, bits), axis=1), reach, bound):
+                        x = x / temperature
+                        if FILTER:
+                            x = tl.where(x >= threshold, x, float("-inf"))
+                        if not greedy:
+                            x += _gumbel(bits)
+                        value = tl.max(tl.max(x, axis=1), axis=0)
+                        among = tl.min(tl.min(tl.where(x == value, token, 0x7FFFFFFF), axis=1), axis=0)
+                        if value > best:
+                            best = value
+                            best_token = among
+                        elif value == best:
+                            best_token = tl.minimum(best_token, among)
+                        bound = tl.minimum(tl.maximum(bound, best), -LEAST)
             else:
-                better = x > best
-                best = tl.where(better, x, best)
-                best_token = tl.where(better, token, best_token)
-        value = tl.max(best, axis=0)
-        token = tl.min(tl.where(best == value, best_token, 0x7FFFFFFF), axis=0)
-        if splits == 1:
+                value = tl.max(tl.max(x, axis=1), axis=0)
+                if value > best:
+                    best = value
+                    best_token = tl.min(tl.min(tl.where(x == value, token, 0x7FFFFFFF), axis=1), axis=0)
+        tl.store(part_value_ptr + row * SPLITS_BLOCK + split, best)
+        tl.store(part_token_ptr + row * SPLITS_BLOCK + split, best_token)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(count_ptr + row, 1, sem="acq_rel", scope="gpu")
+        if arrived == splits - 1:
+            tl.store(count_ptr + row, 0)
+            tl.store(bound_ptr + row, LEAST)
+            s = tl.arange(0, SPLITS_BLOCK)
+            part = row * SPLITS_BLOCK + s
+            values = tl.load(part_value_ptr + part, mask=s < splits, other=float("-inf"), cache_modifier=".cg")
+            tokens = tl.load(part_token_ptr + part, mask=s < splits, other=0x7FFFFFFF, cache_modifier=".cg")
+            value = tl.max(values, axis=0)
+            token = tl.min(tl.where(values == value, tokens, 0x7FFFFFFF), axis=0)
             tl.store(out_ptr + row, tl.minimum(token, vocab - 1))
-        else:
-            tl.store(part_value_ptr + row * SPLITS_BLOCK + split, value)
-            tl.store(part_token_ptr + row * SPLITS_BLOCK + split, token)
-            tl.debug_barrier()
-            arrived = tl.atomic_add(count_ptr + row, 1, sem="acq_rel", scope="gpu")
-            if arrived == splits - 1:
-                tl.store(count_ptr + row, 0)
-                s = tl.arange(0, SPLITS_BLOCK)
-                part = row * SPLITS_BLOCK + s
-                values = tl.load(part_value_ptr + part, mask=s < splits, other=float("-inf"), cache_modifier=".cg")
-                tokens = tl.load(part_token_ptr + part, mask=s < splits, other=0x7FFFFFFF, cache_modifier=".cg")
-                value = tl.max(values, axis=0)
-                token = tl.min(tl.where(values == value, tokens, 0x7FFFFFFF), axis=0)
-                tl.store(out_ptr + row, tl.minimum(token, vocab - 1))
 
 
 class SamplerWorkspace:
@@ -240,12 +288,15 @@ class SamplerWorkspace:
     """
 
     MAX_SPLITS = 128
+    LEAST = -1.0e30
+    """Below every scaled logit that is not banned."""
 
     def __init__(self, max_rows: int, device: torch.device | str) -> None:
         self.max_rows = max_rows
         self.values = torch.empty(max_rows * self.MAX_SPLITS, dtype=torch.float32, device=device)
         self.tokens = torch.empty(max_rows * self.MAX_SPLITS, dtype=torch.int32, device=device)
         self.counts = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.bounds = torch.full((max_rows,), self.LEAST, dtype=torch.float32, device=device)
         self.thresholds = torch.empty(max_rows, dtype=torch.float32, device=device)
 
 
@@ -318,13 +369,10 @@ def sample(
             num_warps=max(1, min(32, block // 256)),
             **launch_options(pdl),
         )
-    # Noise is left out for a block at a time, so many rows take short blocks; few rows are over before that counts.
-    most, warps, programs = (256, 1, 32) if rows >= MANY_ROWS else (1024, 4, 16)
-    block = min(power_of_two(vocab), most)
     # The maximum is exact, so the number of programs may follow the batch.
-    splits = max(1, min(triton.cdiv(programs * num_sms(logits.device), rows), triton.cdiv(vocab, block), workspace.MAX_SPLITS))
-    share = triton.cdiv(triton.cdiv(vocab, splits), block) * block
-    splits = triton.cdiv(vocab, share)
+    blocks = triton.cdiv(vocab, LANES * EACH)
+    share = triton.cdiv(blocks, max(1, min(triton.cdiv(PROGRAMS * num_sms(logits.device), rows), workspace.MAX_SPLITS)))
+    splits = triton.cdiv(blocks, share)
     launch(
         _draw_kernel,
         (rows, splits),
@@ -334,6 +382,7 @@ def sample(
         seed,
         positions,
         workspace.thresholds,
+        workspace.bounds,
         workspace.values,
         workspace.tokens,
         workspace.counts,
@@ -345,9 +394,11 @@ def sample(
         SPLITS_BLOCK=workspace.MAX_SPLITS,
         FILTER=filtered,
         RANDOM=not greedy,
-        BLOCK=block,
+        LANES=LANES,
+        EACH=EACH,
+        LEAST=workspace.LEAST,
         PDL=pdl,
-        num_warps=warps,
+        num_warps=1,
         **launch_options(pdl),
     )
     return out
