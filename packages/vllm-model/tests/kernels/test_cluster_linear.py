@@ -93,6 +93,8 @@ class TestOnTheCard:
             linear(x, torch.zeros(32, 96, dtype=torch.bfloat16, device="cuda"), ALONE)
         with pytest.raises(ValueError, match="no product by clusters"):
             linear(x[:, :64], torch.zeros(30, 64, dtype=torch.bfloat16, device="cuda"), ALONE)
+        with pytest.raises(ValueError, match="no product by clusters"):
+            linear_residual(x[:, :64].contiguous(), torch.zeros(96, 64, dtype=x.dtype, device="cuda"), x, x[0], TALL_PAIR)
 
 
 def test_the_program_says_what_it_is() -> None:

@@ -44,6 +44,7 @@ def test_clusters_take_only_what_their_copies_can_read() -> None:
     assert isinstance(choose_linear(64, 1024, 3072, False), ClusterConfig)
     assert isinstance(choose_linear(64, 1024, 3080, False), LinearConfig)
     assert isinstance(choose_linear(64, 1020, 3072, False), LinearConfig)
+    assert choose_linear(64, 12288, 4100, True) is None
 
 
 def test_other_machines_have_no_table() -> None:

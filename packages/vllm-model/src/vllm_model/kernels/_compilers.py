@@ -7,6 +7,7 @@ their parent through one socket that keeps messages apart: whoever is free takes
 reason, is compiled when it is launched.
 """
 
+import gc
 import json
 import os
 import signal
@@ -152,6 +153,7 @@ def _fork(jobs: socket.socket, parents: socket.socket, target: Any) -> int:
 def _work(jobs: socket.socket, target: Any) -> None:
     """Compile what comes until nothing can come any more."""
     driver.set_active(_Absent(target))
+    gc.disable()  # nothing of the parent's is given back here, tensors of the device least of all
     while message := jobs.recv(MESSAGE_BYTES):
         index, module, name, specialization = json.loads(message)
         with suppress(Exception):

@@ -194,10 +194,12 @@ def launch_cluster(
     """Launch a product; what is given as of :mod:`~vllm_model.kernels.linear`.
 
     Raises:
-        ValueError: Inputs are no multiple of 64, outputs none of 8, or rows of ``out`` not of whole 16 bytes.
+        ValueError: Inputs are no multiple of 64, outputs none of 8, rows of ``out`` not of whole 16 bytes, or, with a
+            residual, tiles no power of two wide.
     """
     (rows, k), n = x.shape, out.shape[1]
-    if k % 64 or n % 8 or out.stride(0) % 8 or out.stride(1) != 1:
+    uneven = residual is not None and config.block_n & (config.block_n - 1)  # threads of a row add up its squares in pairs
+    if k % 64 or n % 8 or out.stride(0) % 8 or out.stride(1) != 1 or uneven:
         raise ValueError(f"no product by clusters of {tuple(x.shape)} with {tuple(weight.shape)}")
     text = source(config, x.dtype, silu, scale is not None, residual is not None)
     if take_down(text, lambda: compiled(text)):

@@ -26,11 +26,12 @@ def choose_linear(rows: int, n: int, k: int, silu: bool, *, clusters: bool = Tru
     Without ``clusters``, the fastest in Triton.
     """
     narrow = n < 2048 and not silu
+    clusters = clusters and k % 64 == 0 and n % 8 == 0
     if rows > 256 or 2 * n * k * (2 if silu else 1) > SMALL:
         return _large(n, silu) if rows in LARGE_ROWS and clusters else None
     if rows > SMALL_ROWS:
         return LinearConfig(64, 32, 128, 4, 8, 1, 4) if narrow else None
-    found = _small_by_clusters(rows, narrow, k, silu) if clusters and k % 64 == 0 and n % 8 == 0 else None
+    found = _small_by_clusters(rows, narrow, k, silu) if clusters else None
     return found or _small(rows > 96, narrow, silu)
 
 
