@@ -9,7 +9,7 @@ from vllm_model.kernels.linear import LinearConfig, Scaled, linear, linear_refer
 
 Check = Callable[..., None]
 EPS = 1e-6
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and has_clusters()
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and has_clusters(torch.device("cuda"))
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and torch for CUDA")]
 
 ALONE, PAIR = ClusterConfig(64, 32, 2, 3, 1), ClusterConfig(64, 64, 2, 2, 2)

@@ -50,7 +50,9 @@ class Forward:
         self.cache, self.tables = cache, tables
         self._decoder, self._pdl = decoder, device.pdl
         ours = has_table(device.device)
-        self._choose: Choose = partial(choose_linear, clusters=has_clusters()) if ours else lambda rows, n, k, silu: None
+        self._choose: Choose = (
+            partial(choose_linear, clusters=has_clusters(device.device)) if ours else lambda rows, n, k, silu: None
+        )
         self._workspace = LinearWorkspace(PARTS_ROOM if ours else 0, device.device)
         self._thin_rows = THIN_ROWS if device.device.type == "cuda" else 0  # of interpreted kernels these are the slowest
         self._cos_sin = torch.cat(decoder.rotary, dim=1).contiguous()  # [max_len, head_dim]

@@ -111,15 +111,13 @@ def compiled(text: str) -> bytes:
     return code
 
 
-@lru_cache(maxsize=1)
-def has_clusters() -> bool:
+@lru_cache(maxsize=16)
+def has_clusters(device: torch.device) -> bool:
     """Whether the compiler and the driver's interface are there and understand the program: torch for CUDA brings both."""
     try:
-        from cuda.bindings import driver
-
-        return hasattr(driver, "cuTensorMapEncodeTiled") and bool(
-            compiled(source(ClusterConfig(), torch.bfloat16, False, False, True))
-        )
+        x = torch.empty(64, 64, dtype=torch.bfloat16, device=device)
+        _tensor_map(x.dtype, x.data_ptr(), *x.shape, 64, 64, 1)
+        return bool(compiled(source(ClusterConfig(), x.dtype, False, False, True)))
     except Exception as error:  # not installed, without its library, or of another age: Triton's products do as well
         logger.info("products by clusters are left to Triton: %s", error)
         return False
@@ -137,13 +135,28 @@ def _function(text: str, shared: int, device: int) -> Any:
     return function
 
 
+class _TensorMap:
+    """A copy of the driver's 128 bytes where it wants them: at a multiple of 64, which Python's objects are not.
+
+    Args:
+        address: Of the driver's.
+    """
+
+    def __init__(self, address: int) -> None:
+        self._memory = (ctypes.c_char * 256)()
+        self.address = -(-ctypes.addressof(self._memory) // 128) * 128
+        ctypes.memmove(self.address, address, 128)
+
+
 @lru_cache(maxsize=4096)
-def _tensor_map(dtype: torch.dtype, pointer: int, rows: int, columns: int, stride: int, box_rows: int, chunks: int) -> Any:
+def _tensor_map(
+    dtype: torch.dtype, pointer: int, rows: int, columns: int, stride: int, box_rows: int, chunks: int
+) -> _TensorMap:
     """How the copy engine reads ``chunks`` tiles of ``box_rows`` rows and 64 columns, side by side in a matrix."""
     from cuda.bindings import driver
 
     types, long, short = driver.CUtensorMapDataType, driver.cuuint64_t, driver.cuuint32_t
-    return _check(
+    made = _check(
         driver.cuTensorMapEncodeTiled(
             types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == torch.bfloat16 else types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             3,
@@ -158,6 +171,7 @@ def _tensor_map(dtype: torch.dtype, pointer: int, rows: int, columns: int, strid
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
+    return _TensorMap(made.getPtr())
 
 
 @lru_cache(maxsize=16)
@@ -194,19 +208,22 @@ def launch_cluster(
     """Launch a product; what is given as of :mod:`~vllm_model.kernels.linear`.
 
     Raises:
-        ValueError: Inputs are no multiple of 64, outputs none of 8, rows of ``out`` not of whole 16 bytes, or, with a
-            residual, tiles no power of two wide.
+        ValueError: Inputs are no multiple of 64, outputs none of 8, something is not of the type of ``x`` or not aligned,
+            or a tile of a product with a residual is not 16, 32, 64 or 128 wide.
     """
     (rows, k), n = x.shape, out.shape[1]
-    uneven = residual is not None and config.block_n & (config.block_n - 1)  # threads of a row add up its squares in pairs
-    if k % 64 or n % 8 or out.stride(0) % 8 or out.stride(1) != 1 or uneven:
+    others = [each for each in (residual, norm_weight, out) if each is not None]
+    aligned = out.stride(0) % 8 == 0 and out.stride(1) == 1 and not any(each.data_ptr() % 8 for each in others)
+    whole = k % 64 == 0 and n % 8 == 0 and (residual is None or config.block_n in (16, 32, 64, 128))
+    if not (aligned and whole and all(each.dtype == x.dtype for each in others)):
         raise ValueError(f"no product by clusters of {tuple(x.shape)} with {tuple(weight.shape)}")
     text = source(config, x.dtype, silu, scale is not None, residual is not None)
     if take_down(text, lambda: compiled(text)):
         return
     from cuda.bindings import driver
 
-    function = _function(text, shared_bytes(config), x.device.index or 0)
+    with torch.cuda.device(x.device):
+        function = _function(text, shared_bytes(config), x.device.index or 0)
     box, chunks = config.block_n // (2 if silu else 1), config.chunks
     maps = (
         _tensor_map(x.dtype, x.data_ptr(), rows_with_room(x, config.block_m), k, x.stride(0), config.block_m, chunks),
@@ -218,7 +235,7 @@ def launch_cluster(
         *(ctypes.c_int(each) for each in (1 if scale is None else scale.shape[1], rows, n, k)),
         ctypes.c_float(eps),
     ]
-    addresses = [*(each.getPtr() for each in maps), *(ctypes.addressof(each) for each in values)]
+    addresses = [*(each.address for each in maps), *(ctypes.addressof(each) for each in values)]
     launch = driver.CUlaunchConfig()
     launch.gridDimX, launch.gridDimY, launch.gridDimZ = n_tiles(config, n, silu) * config.cluster, -(-rows // config.block_m), 1
     launch.blockDimX = (2 if scale is None else 3) * config.block_m + 32
@@ -228,4 +245,5 @@ def launch_cluster(
     launch.attrs = _attributes(config.cluster, pdl)
     launch.numAttrs = len(launch.attrs)
     parameters = (ctypes.c_void_p * len(addresses))(*addresses)
-    _check(driver.cuLaunchKernelEx(launch, function, ctypes.addressof(parameters), 0))
+    with torch.cuda.device(x.device):
+        _check(driver.cuLaunchKernelEx(launch, function, ctypes.addressof(parameters), 0))

@@ -220,7 +220,7 @@ def linear(
         ``[rows, n]`` in the type of ``x``. Sums are float32.
 
     Raises:
-        ValueError: Shapes that disagree, or a cut of K that does not fit the workspace.
+        ValueError: Shapes that disagree, a cut of K that does not fit the workspace, or what a product by clusters cannot read.
     """
     plain = x.x if isinstance(x, Scaled) else x
     n = weight.shape[0] // (2 if silu else 1)

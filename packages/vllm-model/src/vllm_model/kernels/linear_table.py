@@ -55,4 +55,4 @@ def _small_by_clusters(rows: int, narrow: bool, k: int, silu: bool) -> ClusterCo
 def _large(n: int, silu: bool) -> ClusterConfig:
     if silu:
         return ClusterConfig(64, 96, 2, 2, 1)
-    return ClusterConfig(64, 96, 2, 4, 2) if n > 4096 else ClusterConfig(64, 32, 2, 4, 2)
+    return ClusterConfig(64, 64 if n > 4096 else 32, 2, 4, 2)

@@ -388,7 +388,7 @@ def paged_decode(
         ``[rows * queries, num_heads, head_dim]``. Rows of length 0 or slot -1 are zeros.
 
     Raises:
-        ValueError: Shapes disagree with the plan, or scales are missing for an e4m3 cache.
+        ValueError: Shapes disagree with the plan, strides with each other, or scales are missing for an e4m3 cache.
     """
     rows = len(q) // queries
     fp8 = holds_e4m3(kv_cache, k_scale, v_scale)
@@ -407,6 +407,8 @@ def paged_decode(
         out = with_room(q, *q.shape)
     if not rows:
         return out
+    if out.stride() != q.stride():
+        raise ValueError(f"q has strides {q.stride()}, out {out.stride()}")
     config, m = plan.config, max(16, power_of_two(queries * plan.group))
     launch(
         _decode_kernel,
