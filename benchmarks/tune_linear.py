@@ -25,6 +25,7 @@ from vllm_model.decoder import Linear
 from vllm_model.kernels._launch import with_room
 from vllm_model.kernels.cluster_linear import ClusterConfig, shared_bytes
 from vllm_model.kernels.linear import LinearConfig, LinearWorkspace, Scaled, linear, linear_residual
+from vllm_model.kernels.linear_table import Config
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
 
 PROCESSES = 16
@@ -34,7 +35,6 @@ MODELS = {"0.6B": (1024, 3072, 16), "8B": (4096, 12288, 32)}
 SHARED = 227 * 1024
 """Bytes of shared memory of a multiprocessor."""
 
-Config = LinearConfig | ClusterConfig
 Choice = dict[tuple[int, int], Config]
 """Our products by outputs and inputs."""
 
@@ -121,9 +121,7 @@ def compile_share(mine: int) -> None:
 
 def fastest(times: list[tuple[float, Config]], kind: type[Config]) -> Config | None:
     """Of a kind; None: there is none."""
-    return min(((us, config) for us, config in times if isinstance(config, kind)), key=lambda each: each[0], default=(0, None))[
-        1
-    ]
+    return next((config for _, config in sorted(times, key=lambda each: each[0]) if isinstance(config, kind)), None)
 
 
 class Layers:

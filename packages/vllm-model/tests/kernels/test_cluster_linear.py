@@ -6,6 +6,7 @@ import torch
 from vllm_model.kernels._launch import rows_with_room, with_room
 from vllm_model.kernels.cluster_linear import ClusterConfig, has_clusters, shared_bytes, source
 from vllm_model.kernels.linear import LinearConfig, Scaled, linear, linear_reference, linear_residual
+from vllm_model.kernels.linear_table import Config
 
 Check = Callable[..., None]
 EPS = 1e-6
@@ -68,12 +69,14 @@ class TestOnTheCard:
         x, residual = rows_of(40, 512, torch.bfloat16), rows_of(40, 512, torch.bfloat16)
         first, second = weights(512, 512, torch.bfloat16), weights(1024, 512, torch.bfloat16)
         norm_weight = torch.randn(512, device="cuda").bfloat16()
-        for one, two in ((FOUR, LinearConfig(64, 32, 64, 4, 3)), (LinearConfig(64, 32, 64, 4, 3), ALONE), (PAIR, FOUR)):
+        tritons = LinearConfig(64, 32, 64, 4, 3)
+        pairs: list[tuple[Config, Config]] = [(FOUR, tritons), (tritons, ALONE), (PAIR, FOUR)]
+        for one, two in pairs:
             stream = residual.clone()
 
-            def run(stream: torch.Tensor = stream, one: object = one, two: object = two) -> torch.Tensor:
-                scaled = linear_residual(x, first, stream, norm_weight, one, pdl=True)  # type: ignore[arg-type]
-                return linear(scaled, second, two, silu=True, eps=EPS, pdl=True)  # type: ignore[arg-type]
+            def run(stream: torch.Tensor = stream, one: Config = one, two: Config = two) -> torch.Tensor:
+                scaled = linear_residual(x, first, stream, norm_weight, one, pdl=True)
+                return linear(scaled, second, two, silu=True, eps=EPS, pdl=True)
 
             run()
             torch.cuda.synchronize()

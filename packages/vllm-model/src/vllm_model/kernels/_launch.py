@@ -64,11 +64,11 @@ def _taken_down(runs: Iterable[Callable[[], object]]) -> TakenDown:
     return taken
 
 
-def take_down(name: str, compile: Callable[[], object]) -> bool:  # noqa: A002
+def take_down(name: str, job: Callable[[], object]) -> bool:
     """Within :func:`compile_together`: have another kernel than Triton's compiled too, once a name, and launch nothing."""
     taken = _TAKING_DOWN.get()
     if taken is not None:
-        taken.others[name] = compile
+        taken.others[name] = job
     return taken is not None
 
 

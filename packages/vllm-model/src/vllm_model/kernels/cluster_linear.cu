@@ -98,6 +98,29 @@ __device__ __forceinline__ float low(u32 v) { return half_float((u16)v); }
 __device__ __forceinline__ float high(u32 v) { return half_float((u16)(v >> 16)); }
 #endif
 
+// One warp finds the factors of 32 rows of the tile, from row `first` on: eight threads a row, with many loads under way.
+__device__ __forceinline__ void find_norms(const float* scale, int parts, int m0, int first, int rows, int k, float eps, u32 factors) {
+    const int lane = threadIdx.x % 32, first_row = first + lane / 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+        for (int start = 0; start < parts; start += 32) {
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const int part = start + lane % 8 + 8 * (i % 4), row = m0 + first_row + 16 * half + 4 * (i / 4);
+                if (part < parts && row < rows) sum[i / 4] += scale[row * parts + part];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int far = 4; far > 0; far /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], far);
+            const u32 place = factors + 4 * (first_row + 16 * half + 4 * i);
+            if (lane % 8 == 0) asm volatile("st.shared::cta.f32 [%0], %1;" ::"r"(place), "f"(rsqrtf(sum[i] / k + eps)) : "memory");
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32 + SCALERS, 1) cluster_linear(
     const __grid_constant__ TensorMap x_map,  // [rows, k]
     const __grid_constant__ TensorMap w_map,  // [n or 2 n, k]
@@ -160,26 +183,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32 + SCALERS, 1) cluste
         return;
     }
     const int lane = threadIdx.x % 32;
-    if (warp > CONSUMERS / 32) {  // eight threads a row, with many loads under way
-        const int first_row = 32 * (warp - CONSUMERS / 32 - 1) + lane / 8;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float sum[4] = {0.f, 0.f, 0.f, 0.f};
-            for (int start = 0; start < scale_parts; start += 32) {
-#pragma unroll
-                for (int i = 0; i < 16; i++) {
-                    const int part = start + lane % 8 + 8 * (i % 4), row = m0 + first_row + 16 * half + 4 * (i / 4);
-                    if (part < scale_parts && row < rows) sum[i / 4] += scale[row * scale_parts + part];
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-#pragma unroll
-                for (int far = 4; far > 0; far /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], far);
-                const u32 place = factors + 4 * (first_row + 16 * half + 4 * i);
-                if (lane % 8 == 0) asm volatile("st.shared::cta.f32 [%0], %1;" ::"r"(place), "f"(rsqrtf(sum[i] / k + eps)) : "memory");
-            }
-        }
+    if (SCALED && warp > CONSUMERS / 32) {
+        find_norms(scale, scale_parts, m0, 32 * (warp - CONSUMERS / 32 - 1), rows, k, eps, factors);
         asm volatile("bar.arrive 2, %0;" ::"n"(CONSUMERS + SCALERS) : "memory");
         return;
     }

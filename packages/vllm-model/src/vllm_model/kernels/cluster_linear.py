@@ -186,11 +186,6 @@ def _attributes(cluster: int, pdl: bool) -> list[Any]:
     return [shape, early] if pdl else [shape]
 
 
-def n_tiles(config: ClusterConfig, n: int, silu: bool) -> int:
-    """Tiles along the outputs: parts of a row's sum of squares."""
-    return -(-n // (config.block_n // (2 if silu else 1)))
-
-
 def launch_cluster(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -224,10 +219,10 @@ def launch_cluster(
 
     with torch.cuda.device(x.device):
         function = _function(text, shared_bytes(config), x.device.index or 0)
-    box, chunks = config.block_n // (2 if silu else 1), config.chunks
+    columns, chunks = config.block_n // (2 if silu else 1), config.chunks
     maps = (
         _tensor_map(x.dtype, x.data_ptr(), rows_with_room(x, config.block_m), k, x.stride(0), config.block_m, chunks),
-        _tensor_map(weight.dtype, weight.data_ptr(), len(weight), k, k, box, chunks),
+        _tensor_map(weight.dtype, weight.data_ptr(), len(weight), k, k, columns, chunks),
     )
     values = [
         *(ctypes.c_void_p(0 if each is None else each.data_ptr()) for each in (scale, residual, norm_weight, out, squares)),
@@ -237,7 +232,7 @@ def launch_cluster(
     ]
     addresses = [*(each.address for each in maps), *(ctypes.addressof(each) for each in values)]
     launch = driver.CUlaunchConfig()
-    launch.gridDimX, launch.gridDimY, launch.gridDimZ = n_tiles(config, n, silu) * config.cluster, -(-rows // config.block_m), 1
+    launch.gridDimX, launch.gridDimY, launch.gridDimZ = -(-n // columns) * config.cluster, -(-rows // config.block_m), 1
     launch.blockDimX = (2 if scale is None else 3) * config.block_m + 32
     launch.blockDimY = launch.blockDimZ = 1
     launch.sharedMemBytes = shared_bytes(config)

@@ -17,7 +17,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_model.kernels._launch import launch, launch_options, power_of_two, rows_with_room, wait_for_previous, with_room
 from vllm_model.kernels.cluster_linear import ClusterConfig, launch_cluster
-from vllm_model.kernels.cluster_linear import n_tiles as cluster_tiles
 
 
 @triton.jit
@@ -255,7 +254,7 @@ def linear_residual(
         ValueError: As :func:`linear`.
     """
     rows, n = residual.shape
-    parts = cluster_tiles(config, n, False) if isinstance(config, ClusterConfig) else triton.cdiv(n, config.block_n)
+    parts = triton.cdiv(n, config.block_n)
     squares = torch.empty(rows, parts, dtype=torch.float32, device=x.device)
     out = with_room(residual, rows, n)
     _launch(x, weight, config, out, residual, norm_weight, squares, False, 0.0, workspace, pdl)
