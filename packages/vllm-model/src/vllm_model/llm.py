@@ -119,7 +119,8 @@ class LLM:
             use_tqdm: Show a progress bar.
 
         Returns:
-            One output a prompt, in order.
+            One output a prompt, in order. Those with the largest ``max_tokens`` are begun first, so that none is left alone
+            at the end.
 
         Raises:
             InvalidRequestError: A prompt or parameter is wrong; what was begun is aborted.
@@ -171,7 +172,7 @@ class LLM:
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         if len(sampling_params) != len(prompts):
             raise InvalidRequestError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params.", "sampling_params")
-        outputs: list[RequestOutput] = []
+        outputs: dict[int, RequestOutput] = {}
         texts: dict[str, list[IncrementalDetokenizer]] = {}
         bar = tqdm(total=len(prompts), desc="Requests", disable=not use_tqdm, dynamic_ncols=True)
         queued, enough = 0, 2 * self.engine.config.max_num_batched_tokens
@@ -183,10 +184,10 @@ class LLM:
                 bar.update(output.finished)
 
         try:
-            for prompt, params in zip(prompts, sampling_params, strict=True):
-                request_id = str(self._num_requests)
-                self._num_requests += 1
-                outputs.append(self.engine.add_request(request_id, prompt, params))
+            # The longest are begun first: what is begun last decides when all are done.
+            for index in sorted(range(len(prompts)), key=lambda index: -(sampling_params[index].max_tokens or sys.maxsize)):
+                prompt, params, request_id = prompts[index], sampling_params[index], str(self._num_requests + index)
+                outputs[index] = self.engine.add_request(request_id, prompt, params)
                 if self.tokenizer is not None and params.detokenize:
                     texts[request_id] = [IncrementalDetokenizer(self.tokenizer, prompt, params) for _ in range(params.n)]
                 elif params.stop_strings:
@@ -200,9 +201,10 @@ class LLM:
                 step()
         finally:
             bar.close()
-            for output in outputs:
+            self._num_requests += len(prompts)
+            for output in outputs.values():
                 self.engine.abort(output.request_id)  # only if something was raised, is there anything left
-        return outputs
+        return [outputs[index] for index in range(len(prompts))]
 
     def _detokenize(self, output: RequestOutput, texts: list[IncrementalDetokenizer]) -> None:
         """Bring the text of each choice up to its tokens, and end those that met a stop string."""
