@@ -26,6 +26,7 @@ from vllm_model.kernels._launch import (
     power_of_two,
     wait_for_previous,
 )
+from vllm_model.kernels.tuned import lookup
 
 PLAN_FIELDS = 16
 """int32 of one program's plan: its run of the line (begin, end), the row, head and tile of its begin, the row and head of its
@@ -128,7 +129,8 @@ class DecodeConfig:
 def default_decode_config(head_dim: int, max_rows: int, device: torch.device) -> DecodeConfig:
     """Measured on an H200 for heads of 128; two stages of the pipeline go to the block table.
 
-    With less shared memory than Hopper's, what lets two programs share a multiprocessor: not measured.
+    With less shared memory than Hopper's, what lets two programs share a multiprocessor: not measured. ``python -m
+    vllm_model.tune`` measures on any card; :class:`DecodePlan` prefers what it found.
     """
     if not has_large_shared_memory(device):
         return DecodeConfig(tile=32 if head_dim <= 128 else 16, programs_per_sm=2)
@@ -149,7 +151,7 @@ class DecodePlan:
         max_blocks: Most blocks of a sequence, the width of the block tables.
         block_size: Tokens of a block.
         max_queries: Most query tokens per sequence (speculation), ``max_queries * group <= 128``.
-        config: Launch shape; chosen from the head size and the device when None.
+        config: Launch shape; when None, what was measured on this card, else :func:`default_decode_config`.
     """
 
     def __init__(
@@ -171,7 +173,10 @@ class DecodePlan:
             raise ValueError(f"no decode attention for {num_heads}/{num_kv_heads} heads of {head_dim}, {max_queries} queries")
         self.group = num_heads // num_kv_heads
         self.max_queries = max_queries
-        self.config = config or default_decode_config(head_dim, max_rows, self.device)
+        if config is None:
+            measured = lookup("decode", (head_dim, self.group, int(max_rows <= 16)), self.device)
+            config = DecodeConfig(*measured) if measured else default_decode_config(head_dim, max_rows, self.device)
+        self.config = config
         self.programs = num_sms(self.device) * self.config.programs_per_sm
         rows = max(16, power_of_two(max_queries * self.group))
         self.unit = math.gcd(block_size, self.config.tile)

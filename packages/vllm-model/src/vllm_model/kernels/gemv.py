@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
+from vllm_model.kernels.tuned import lookup
 
 MAX_ROWS = 16
 
@@ -218,7 +219,8 @@ HOPPER: dict[tuple[int, int, bool], tuple[tuple[int, int, int], tuple[int, int, 
     (4096, 12288, False): ((1, 2048, 2), (1, 4096, 1)),
     (151936, 4096, False): ((4, 4096, 4), (2, 4096, 2)),
 }
-"""By (n, k, gated): block_n, block_k and warps of ``fma`` for one row and for two, by ``benchmarks/tune_kernels.py``."""
+"""By (n, k, gated): block_n, block_k and warps of ``fma`` for one row and for two, measured on an H200;
+``python -m vllm_model.tune`` measures another card."""
 
 
 def default_gemv_config(rows: int, n: int, k: int, *, norm: bool = False, silu: bool = False) -> GemvConfig:
@@ -274,7 +276,7 @@ def thin_linear(
         silu: Close a gated MLP.
         out: ``[rows, n]``, rows contiguous; a new tensor when None.
         workspace: Needed where the configuration cuts K.
-        config: Launch shape; from :func:`default_gemv_config` when None.
+        config: Launch shape; when None, what was measured on this card (1 and 2 rows), else :func:`default_gemv_config`.
         pdl: Programmatic dependent launch; the first weights are then read while the kernel before still runs.
 
     Returns:
@@ -291,7 +293,9 @@ def thin_linear(
         out = x.new_empty(rows, n)
     if not rows:
         return out
-    if config is None:
+    if config is None and rows <= 2 and (measured := lookup("thin", (n, k, int(silu), rows), x.device)):
+        config = GemvConfig("fma", *measured)
+    elif config is None:
         config = default_gemv_config(rows, n, k, norm=norm_weight is not None, silu=silu)
         if workspace is None and config.split_k > 1:
             config = GemvConfig(config.kind, config.block_n, config.block_k, config.num_warps, config.num_stages)

@@ -16,6 +16,7 @@ import triton.language as tl
 from vllm_model.kernels._launch import launch, power_of_two
 from vllm_model.kernels._paged import attention_reference, holds_e4m3, query_group, softmax_scale
 from vllm_model.kernels.qk_norm_rope import gather_cache_reference
+from vllm_model.kernels.tuned import lookup
 
 
 @triton.jit
@@ -233,7 +234,7 @@ def paged_prefill(
         k_scale: float32 ``[num_kv_heads]``, for an e4m3 cache.
         v_scale: float32 ``[num_kv_heads]``, likewise.
         out: ``[tokens, num_heads, head_dim]``, contiguous heads; a new tensor when None.
-        config: Launch shape; chosen from the head size when None.
+        config: Launch shape; when None, what was measured on this card, else :func:`default_prefill_config`.
 
     Returns:
         ``[tokens, num_heads, head_dim]``.
@@ -252,7 +253,9 @@ def paged_prefill(
         out = torch.empty_like(q)
     if not tokens or not rows:
         return out
-    config = config or default_prefill_config(head_dim, group)
+    if config is None:
+        measured = lookup("prefill", (head_dim, group), q.device)
+        config = PrefillConfig(*measured) if measured else default_prefill_config(head_dim, group)
     block_tokens = config.block_m // group
     # The host knows only the sums, so the grid is their bound; programs past the last tile leave at once.
     blocks = triton.cdiv(tokens, block_tokens) + rows
