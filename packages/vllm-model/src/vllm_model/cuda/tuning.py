@@ -98,7 +98,7 @@ def tune(config: ModelConfig, device: Device) -> Iterator[Result]:
         least = [min(column) for column in zip(*times.values(), strict=True)]
         best = min(times, key=lambda shape: sum(a / b for a, b in zip(times[shape], least, strict=True)))
         again = {shape: _times(case, shape) for shape in (best, case.default)}  # who is first of many was lucky too
-        yield Result(case.kind, case.key, best, again[best] or times[best], again[case.default])
+        yield Result(case.kind, case.key, best, again[best] or times[best], again[case.default] or times.get(case.default))
 
 
 def _times(case: Case, shape: Ints) -> list[float] | None:
