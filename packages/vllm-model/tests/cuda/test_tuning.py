@@ -16,6 +16,8 @@ from vllm_model.kernels import tuned
 from vllm_model.loaders import load_config
 from vllm_model.tune import tune_model
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the launches are the interpreter's")
+
 FAST = {"decode": (16, 1, 1, 2), "prefill": (16, 16, 1, 1), "thin": (4, 32, 1)}
 BROKEN = (3, 3, 3)
 HEAD_DIM = 16
