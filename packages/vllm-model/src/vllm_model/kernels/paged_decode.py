@@ -27,16 +27,16 @@ def _start_pair(
     k_scale_ptr,
     v_scale_ptr,
     newest_ptr,
+    cos_sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
     io,
     io_mask,
     row,
     head,
     tile,
     room,
-    q_cos,
-    q_sin,
-    k_cos,
-    k_sin,
+    wait,
     block_stride,
     q_stride,
     eps,
@@ -50,12 +50,12 @@ def _start_pair(
     BLOCK_SIZE: tl.constexpr,
     ROT_HALF: tl.constexpr,
     M: tl.constexpr,
-    RAW: tl.constexpr,
-    NORM: tl.constexpr,
     FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A pair from its tile ``tile`` on: the tiles of it that this program takes, at most ``room``; whether that is all of it;
-    its queries, the last key of each; and of the softmax: maximum, sum, weighted values.
+    its queries, the last key of each; and of the softmax: maximum, sum, weighted values. With ``wait``
+    it waits for the product.
     """
     tiles = tl.load(starts_ptr + row + 1) - tl.load(starts_ptr + row)
     left = tl.minimum(tiles - tile, room)
@@ -67,14 +67,19 @@ def _start_pair(
     acc = tl.zeros([M, D_BLOCK], tl.float32)
     row_ptr = q_ptr + row.to(tl.int64) * (queries * q_stride)
     heads_ptr = row_ptr + head * (GROUP * HEAD_DIM)
-    if RAW:
-        q = turned_queries(heads_ptr, io, io_mask, q_cos, q_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, NORM)
+    if cos_sin_ptr is not None:
+        q_cos, q_sin, k_cos, k_sin = turning(
+            cos_sin_ptr, newest_ptr, q_weight_ptr, k_weight_ptr, row, HEAD_DIM, D_BLOCK, ROT_HALF
+        )
+        place = tl.load(newest_ptr + 2 * row)
+        if wait:  # until here, and in the tiles, nothing is younger than the plan
+            wait_for_previous(PDL)
+        q = turned_queries(heads_ptr, io, io_mask, q_cos, q_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, q_weight_ptr is not None)
     else:
         q = tl.load(heads_ptr + io, mask=io_mask, other=0.0)
     if FP8:
         q = q.to(tl.float16)
-    if RAW:
-        place = tl.load(newest_ptr + 2 * row)
+    if cos_sin_ptr is not None:  # noqa: SIM102  a constant and a number
         if (tile == 0) & (place >= 0):
             d = tl.arange(0, D_BLOCK)
             head_ptr = row_ptr + (KV_HEADS * GROUP + head) * HEAD_DIM
@@ -85,7 +90,7 @@ def _start_pair(
             if FP8:
                 k_scale = tl.load(k_scale_ptr + head)
                 v_scale = tl.load(v_scale_ptr + head)
-            k = finished_key(head_ptr, k_cos, k_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, NORM)
+            k = finished_key(head_ptr, k_cos, k_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, q_weight_ptr is not None)
             v = tl.load(head_ptr + KV_HEADS * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
             k = store_cache(cache_ptr, offset, k, 1.0 / k_scale, d < HEAD_DIM, FP8)
             v = store_cache(cache_ptr, offset + BLOCK_SIZE * HEAD_DIM, v, 1.0 / v_scale, d < HEAD_DIM, FP8)
@@ -252,49 +257,58 @@ def _decode_kernel(
     out_io = (m // GROUP).to(tl.int64)[:, None] * out_stride + in_group
     per_tile: tl.constexpr = TILE // UNIT
     per_block: tl.constexpr = BLOCK_SIZE // UNIT
-    # None of this is younger than the plan.
-    q_cos, q_sin, k_cos, k_sin = turning(cos_sin_ptr, newest_ptr, q_weight_ptr, k_weight_ptr, row, HEAD_DIM, D_BLOCK, ROT_HALF)
-    wait_for_previous(PDL)
+    if cos_sin_ptr is None:  # noqa: SIM114  a constant and a number
+        wait_for_previous(PDL)
+    elif begin == end:
+        wait_for_previous(PDL)
 
     if begin < end:
-        starts_here = tile == 0
-        left, whole, q, bound, highest, denominator, acc = _start_pair(
-            q_ptr,
-            cache_ptr,
-            first_ptr,
-            starts_ptr,
-            k_scale_ptr,
-            v_scale_ptr,
-            newest_ptr,
-            io,
-            io_mask,
-            row,
-            head,
-            tile,
-            end - begin,
-            q_cos,
-            q_sin,
-            k_cos,
-            k_sin,
-            block_stride,
-            q_stride,
-            eps,
-            softmax_scale,
-            KV_HEADS,
-            GROUP,
-            queries,
-            MANY,
-            HEAD_DIM,
-            D_BLOCK,
-            BLOCK_SIZE,
-            ROT_HALF,
-            M,
-            cos_sin_ptr is not None,
-            q_weight_ptr is not None,
-            FP8,
-        )
+        left = 0
+        whole = False
+        starts_here = False
+        q = tl.zeros([M, D_BLOCK], tl.float16 if FP8 else q_ptr.dtype.element_ty)
+        bound = tl.zeros([M], tl.int32)
+        highest = tl.zeros([M], tl.float32)
+        denominator = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, D_BLOCK], tl.float32)
         # One loop over tiles of all pairs, so that loads of the next pair are under way while one ends.
         for at in tl.range(begin, end, num_stages=STAGES):
+            if left == 0:
+                starts_here = tile == 0
+                left, whole, q, bound, highest, denominator, acc = _start_pair(
+                    q_ptr,
+                    cache_ptr,
+                    first_ptr,
+                    starts_ptr,
+                    k_scale_ptr,
+                    v_scale_ptr,
+                    newest_ptr,
+                    cos_sin_ptr,
+                    q_weight_ptr,
+                    k_weight_ptr,
+                    io,
+                    io_mask,
+                    row,
+                    head,
+                    tile,
+                    end - at,
+                    at == begin,
+                    block_stride,
+                    q_stride,
+                    eps,
+                    softmax_scale,
+                    KV_HEADS,
+                    GROUP,
+                    queries,
+                    MANY,
+                    HEAD_DIM,
+                    D_BLOCK,
+                    BLOCK_SIZE,
+                    ROT_HALF,
+                    M,
+                    FP8,
+                    PDL,
+                )
             its_head = at // each
             entry = tl.load(entries_ptr + (at - its_head * each) * per_tile + n // UNIT)
             place = entry >> 8
@@ -354,51 +368,11 @@ def _decode_kernel(
                     tl.store(part_ptr + part.to(tl.int64) * (M * D_BLOCK) + part_io, acc, mask=m_mask[:, None])
                     tl.store(stats_ptr + part * (2 * M) + m, highest)
                     tl.store(stats_ptr + part * (2 * M) + M + m, denominator)
-                if at + 1 < end:
-                    row += 1
-                    if (head + 1) * each == at + 1:
-                        head += 1
-                        row = 0
-                    tile = 0
-                    starts_here = True
-                    next_q_cos, next_q_sin, next_k_cos, next_k_sin = turning(
-                        cos_sin_ptr, newest_ptr, q_weight_ptr, k_weight_ptr, row, HEAD_DIM, D_BLOCK, ROT_HALF
-                    )
-                    left, whole, q, bound, highest, denominator, acc = _start_pair(
-                        q_ptr,
-                        cache_ptr,
-                        first_ptr,
-                        starts_ptr,
-                        k_scale_ptr,
-                        v_scale_ptr,
-                        newest_ptr,
-                        io,
-                        io_mask,
-                        row,
-                        head,
-                        0,
-                        end - at - 1,
-                        next_q_cos,
-                        next_q_sin,
-                        next_k_cos,
-                        next_k_sin,
-                        block_stride,
-                        q_stride,
-                        eps,
-                        softmax_scale,
-                        KV_HEADS,
-                        GROUP,
-                        queries,
-                        MANY,
-                        HEAD_DIM,
-                        D_BLOCK,
-                        BLOCK_SIZE,
-                        ROT_HALF,
-                        M,
-                        cos_sin_ptr is not None,
-                        q_weight_ptr is not None,
-                        FP8,
-                    )
+                tile = 0
+                row += 1
+                if (head + 1) * each == at + 1:
+                    head += 1
+                    row = 0
         # Of what is cut only a program's first pair and its last: who comes last to a pair adds its parts up.
         which = tl.arange(0, 2)
         rows = tl.where(which == 0, first_row, last_row)
