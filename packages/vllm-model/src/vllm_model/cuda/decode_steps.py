@@ -20,8 +20,10 @@ GRAPH_SIZES = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16))
 """Rows that graphs are captured for."""
 LEAST_GRAPHS = 4
 """Graphs that are captured to measure what one takes: the device gives memory in pieces of megabytes."""
-RAW_ROWS = 128
-"""Up to here decode attention finishes queries and keys itself; with more rows each program would do that several times."""
+RAW_ROWS = range(17, 97)
+"""Rows for which decode attention finishes queries and keys itself. With fewer, many programs would do that for each pair; with
+more, each for several.
+"""
 FIELDS = 6
 """Of a row that the host sends: the five of :meth:`DeviceRows.stage`, and how much of it is shared."""
 LEADER = 4
@@ -114,7 +116,7 @@ class DecodeSteps:
         self._rows.begin(staged, ints)
         token_ids, positions, slots, seq_lens = ints
         skips = staged[(FIELDS - 1) * size : FIELDS * size] if shared else None
-        raw = size <= RAW_ROWS and skips is None
+        raw = size in RAW_ROWS and skips is None
         plan = self._plans.update(seq_lens, slots, forward.tables, skips, leave_newest=raw)
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:

@@ -21,15 +21,50 @@ from vllm_model.kernels.rotary_decode import Rotary, finished_key, turned_querie
 @triton.jit
 def _start_pair(
     q_ptr,
-    cache_ptr,
     first_ptr,
     starts_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
+    io,
+    io_mask,
+    row,
+    head,
+    tile,
+    room,
+    q_stride,
+    GROUP: tl.constexpr,
+    queries,
+    MANY: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    FP8: tl.constexpr,
+):
+    """A pair from its tile ``tile`` on: the tiles of it that this program takes, at most ``room``; whether that is all of it;
+    its queries, the last key of each; and of the softmax: maximum, sum, weighted values.
+    """
+    tiles = tl.load(starts_ptr + row + 1) - tl.load(starts_ptr + row)
+    left = tl.minimum(tiles - tile, room)
+    q = tl.load(q_ptr + row.to(tl.int64) * (queries * q_stride) + head * (GROUP * HEAD_DIM) + io, mask=io_mask, other=0.0)
+    if FP8:
+        q = q.to(tl.float16)
+    bound = tl.zeros([M], tl.int32)
+    if MANY:
+        bound = tl.load(first_ptr + row) + tl.arange(0, M) // GROUP
+    highest = tl.full([M], -1.0e30, tl.float32)  # finite, so that a row that saw nothing yet subtracts to 0, not NaN
+    denominator = tl.zeros([M], tl.float32)
+    return left, (tile == 0) & (left == tiles), q, bound, highest, denominator, tl.zeros([M, D_BLOCK], tl.float32)
+
+
+@triton.jit
+def _start_raw_pair(
+    qkv_ptr,
+    cache_ptr,
+    starts_ptr,
     newest_ptr,
     cos_sin_ptr,
     q_weight_ptr,
     k_weight_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     io,
     io_mask,
     row,
@@ -38,66 +73,55 @@ def _start_pair(
     room,
     wait,
     block_stride,
-    q_stride,
+    qkv_stride,
     eps,
     softmax_scale,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    queries,
-    MANY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROT_HALF: tl.constexpr,
     M: tl.constexpr,
+    NORM: tl.constexpr,
     FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A pair from its tile ``tile`` on: the tiles of it that this program takes, at most ``room``; whether that is all of it;
-    its queries, the last key of each; and of the softmax: maximum, sum, weighted values. With ``wait``
-    it waits for the product.
+    """:func:`_start_pair` of heads as the product left them. Who has a pair's first tile writes its newest key and value to the
+    cache, and begins the softmax with them. With ``wait`` it waits for the product.
     """
     tiles = tl.load(starts_ptr + row + 1) - tl.load(starts_ptr + row)
     left = tl.minimum(tiles - tile, room)
-    bound = tl.zeros([M], tl.int32)
-    if MANY:
-        bound = tl.load(first_ptr + row) + tl.arange(0, M) // GROUP
-    highest = tl.full([M], -1.0e30, tl.float32)  # finite, so that a row that saw nothing yet subtracts to 0, not NaN
-    denominator = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, D_BLOCK], tl.float32)
-    row_ptr = q_ptr + row.to(tl.int64) * (queries * q_stride)
-    heads_ptr = row_ptr + head * (GROUP * HEAD_DIM)
-    if cos_sin_ptr is not None:
-        q_cos, q_sin, k_cos, k_sin = turning(
-            cos_sin_ptr, newest_ptr, q_weight_ptr, k_weight_ptr, row, HEAD_DIM, D_BLOCK, ROT_HALF
-        )
-        place = tl.load(newest_ptr + 2 * row)
-        if wait:  # until here, and in the tiles, nothing is younger than the plan
-            wait_for_previous(PDL)
-        q = turned_queries(heads_ptr, io, io_mask, q_cos, q_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, q_weight_ptr is not None)
-    else:
-        q = tl.load(heads_ptr + io, mask=io_mask, other=0.0)
+    place = tl.load(newest_ptr + 2 * row)
+    position = tl.load(newest_ptr + 2 * row + 1)
+    q_cos, q_sin, k_cos, k_sin = turning(cos_sin_ptr, q_weight_ptr, k_weight_ptr, position, HEAD_DIM, D_BLOCK, ROT_HALF)
+    if wait:  # until here nothing is younger than the plan
+        wait_for_previous(PDL)
+    row_ptr = qkv_ptr + row.to(tl.int64) * qkv_stride
+    q = turned_queries(row_ptr + head * (GROUP * HEAD_DIM), io, io_mask, q_cos, q_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, NORM)
     if FP8:
         q = q.to(tl.float16)
-    if cos_sin_ptr is not None:  # noqa: SIM102  a constant and a number
-        if (tile == 0) & (place >= 0):
-            d = tl.arange(0, D_BLOCK)
-            head_ptr = row_ptr + (KV_HEADS * GROUP + head) * HEAD_DIM
-            offset = (place // BLOCK_SIZE).to(tl.int64) * block_stride
-            offset += (head * (2 * BLOCK_SIZE) + place % BLOCK_SIZE) * HEAD_DIM + d
-            k_scale = 1.0
-            v_scale = 1.0
-            if FP8:
-                k_scale = tl.load(k_scale_ptr + head)
-                v_scale = tl.load(v_scale_ptr + head)
-            k = finished_key(head_ptr, k_cos, k_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, q_weight_ptr is not None)
-            v = tl.load(head_ptr + KV_HEADS * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
-            k = store_cache(cache_ptr, offset, k, 1.0 / k_scale, d < HEAD_DIM, FP8)
-            v = store_cache(cache_ptr, offset + BLOCK_SIZE * HEAD_DIM, v, 1.0 / v_scale, d < HEAD_DIM, FP8)
-            highest = tl.sum(q.to(tl.float32) * k[None, :], axis=1) * (softmax_scale * k_scale)
-            denominator += 1.0
-            acc += v[None, :]
-    return left, (tile == 0) & (left == tiles), q, bound, highest, denominator, acc
+    highest = tl.full([M], -1.0e30, tl.float32)
+    denominator = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D_BLOCK], tl.float32)
+    if (tile == 0) & (place >= 0):
+        d = tl.arange(0, D_BLOCK)
+        key_ptr = row_ptr + (KV_HEADS * GROUP + head) * HEAD_DIM
+        offset = (place // BLOCK_SIZE).to(tl.int64) * block_stride
+        offset += (head * (2 * BLOCK_SIZE) + place % BLOCK_SIZE) * HEAD_DIM + d
+        k_scale = 1.0
+        v_scale = 1.0
+        if FP8:
+            k_scale = tl.load(k_scale_ptr + head)
+            v_scale = tl.load(v_scale_ptr + head)
+        k = finished_key(key_ptr, k_cos, k_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, NORM)
+        v = tl.load(key_ptr + KV_HEADS * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+        k = store_cache(cache_ptr, offset, k, 1.0 / k_scale, d < HEAD_DIM, FP8)
+        v = store_cache(cache_ptr, offset + BLOCK_SIZE * HEAD_DIM, v, 1.0 / v_scale, d < HEAD_DIM, FP8)
+        highest = tl.sum(q.to(tl.float32) * k[None, :], axis=1) * (softmax_scale * k_scale)
+        denominator += 1.0
+        acc += v[None, :]
+    return left, (tile == 0) & (left == tiles), q, highest, denominator, acc
 
 
 @triton.jit
@@ -195,7 +219,7 @@ def _add_up(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr,  # [rows * queries, KV_HEADS * GROUP, HEAD_DIM]; with rotary [rows, KV_HEADS * (GROUP + 2), HEAD_DIM]
+    q_ptr,  # [rows * queries, KV_HEADS * GROUP, HEAD_DIM]; raw [rows, KV_HEADS * (GROUP + 2), HEAD_DIM]
     out_ptr,  # [rows * queries, KV_HEADS * GROUP, HEAD_DIM]
     cache_ptr,  # [num_blocks, KV_HEADS, 2, BLOCK_SIZE, HEAD_DIM]
     first_ptr,  # [rows]: position of the row's first query, for more than one query
@@ -208,8 +232,8 @@ def _decode_kernel(
     lse_ptr,  # float32 [rows * queries, KV_HEADS * GROUP] or None
     k_scale_ptr,  # float32 [KV_HEADS]
     v_scale_ptr,
-    newest_ptr,  # [rows, 2], or None: queries are finished, and the newest key is in the tiles
-    cos_sin_ptr,  # float32 [max_len, 2 * ROT_HALF] or None
+    newest_ptr,  # [rows, 2]
+    cos_sin_ptr,  # float32 [max_len, 2 * ROT_HALF]
     q_weight_ptr,  # [HEAD_DIM] or None
     k_weight_ptr,
     block_stride,
@@ -230,6 +254,7 @@ def _decode_kernel(
     UNIT: tl.constexpr,
     PROGRAMS: tl.constexpr,
     STAGES: tl.constexpr,
+    RAW: tl.constexpr,  # heads are as the product left them, and the newest keys are not in the tiles
     FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -257,58 +282,78 @@ def _decode_kernel(
     out_io = (m // GROUP).to(tl.int64)[:, None] * out_stride + in_group
     per_tile: tl.constexpr = TILE // UNIT
     per_block: tl.constexpr = BLOCK_SIZE // UNIT
-    if cos_sin_ptr is None:  # noqa: SIM114  a constant and a number
+    if not RAW:  # noqa: SIM114  a constant and a number
         wait_for_previous(PDL)
     elif begin == end:
         wait_for_previous(PDL)
 
     if begin < end:
-        left = 0
-        whole = False
-        starts_here = False
-        q = tl.zeros([M, D_BLOCK], tl.float16 if FP8 else q_ptr.dtype.element_ty)
-        bound = tl.zeros([M], tl.int32)
-        highest = tl.zeros([M], tl.float32)
-        denominator = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, D_BLOCK], tl.float32)
+        starts_here = tile == 0
+        if RAW:  # its first pair starts in the loop, so that keys are asked for before the product is there
+            left = 0
+            whole = False
+            q = tl.zeros([M, D_BLOCK], tl.float16 if FP8 else q_ptr.dtype.element_ty)
+            bound = tl.zeros([M], tl.int32)
+            highest = tl.zeros([M], tl.float32)
+            denominator = tl.zeros([M], tl.float32)
+            acc = tl.zeros([M, D_BLOCK], tl.float32)
+        else:
+            left, whole, q, bound, highest, denominator, acc = _start_pair(
+                q_ptr,
+                first_ptr,
+                starts_ptr,
+                io,
+                io_mask,
+                row,
+                head,
+                tile,
+                end - begin,
+                q_stride,
+                GROUP,
+                queries,
+                MANY,
+                HEAD_DIM,
+                D_BLOCK,
+                M,
+                FP8,
+            )
         # One loop over tiles of all pairs, so that loads of the next pair are under way while one ends.
         for at in tl.range(begin, end, num_stages=STAGES):
-            if left == 0:
-                starts_here = tile == 0
-                left, whole, q, bound, highest, denominator, acc = _start_pair(
-                    q_ptr,
-                    cache_ptr,
-                    first_ptr,
-                    starts_ptr,
-                    k_scale_ptr,
-                    v_scale_ptr,
-                    newest_ptr,
-                    cos_sin_ptr,
-                    q_weight_ptr,
-                    k_weight_ptr,
-                    io,
-                    io_mask,
-                    row,
-                    head,
-                    tile,
-                    end - at,
-                    at == begin,
-                    block_stride,
-                    q_stride,
-                    eps,
-                    softmax_scale,
-                    KV_HEADS,
-                    GROUP,
-                    queries,
-                    MANY,
-                    HEAD_DIM,
-                    D_BLOCK,
-                    BLOCK_SIZE,
-                    ROT_HALF,
-                    M,
-                    FP8,
-                    PDL,
-                )
+            if RAW:  # noqa: SIM102  a constant and a number
+                if left == 0:
+                    starts_here = tile == 0
+                    left, whole, q, highest, denominator, acc = _start_raw_pair(
+                        q_ptr,
+                        cache_ptr,
+                        starts_ptr,
+                        newest_ptr,
+                        cos_sin_ptr,
+                        q_weight_ptr,
+                        k_weight_ptr,
+                        k_scale_ptr,
+                        v_scale_ptr,
+                        io,
+                        io_mask,
+                        row,
+                        head,
+                        tile,
+                        end - at,
+                        at == begin,
+                        block_stride,
+                        q_stride,
+                        eps,
+                        softmax_scale,
+                        KV_HEADS,
+                        GROUP,
+                        HEAD_DIM,
+                        D_BLOCK,
+                        BLOCK_SIZE,
+                        ROT_HALF,
+                        M,
+                        q_weight_ptr is not None,
+                        FP8,
+                        PDL,
+                    )
             its_head = at // each
             entry = tl.load(entries_ptr + (at - its_head * each) * per_tile + n // UNIT)
             place = entry >> 8
@@ -368,11 +413,33 @@ def _decode_kernel(
                     tl.store(part_ptr + part.to(tl.int64) * (M * D_BLOCK) + part_io, acc, mask=m_mask[:, None])
                     tl.store(stats_ptr + part * (2 * M) + m, highest)
                     tl.store(stats_ptr + part * (2 * M) + M + m, denominator)
-                tile = 0
-                row += 1
-                if (head + 1) * each == at + 1:
-                    head += 1
-                    row = 0
+                if at + 1 < end:
+                    row += 1
+                    if (head + 1) * each == at + 1:
+                        head += 1
+                        row = 0
+                    tile = 0
+                    if not RAW:
+                        starts_here = True
+                        left, whole, q, bound, highest, denominator, acc = _start_pair(
+                            q_ptr,
+                            first_ptr,
+                            starts_ptr,
+                            io,
+                            io_mask,
+                            row,
+                            head,
+                            0,
+                            end - at - 1,
+                            q_stride,
+                            GROUP,
+                            queries,
+                            MANY,
+                            HEAD_DIM,
+                            D_BLOCK,
+                            M,
+                            FP8,
+                        )
         # Of what is cut only a program's first pair and its last: who comes last to a pair adds its parts up.
         which = tl.arange(0, 2)
         rows = tl.where(which == 0, first_row, last_row)
@@ -492,7 +559,7 @@ def paged_decode(
         lse,
         k_scale,
         v_scale,
-        plan.newest if rotary else None,
+        plan.newest,
         *turned,
         kv_cache.stride(0),
         q.stride(0),
@@ -512,6 +579,7 @@ def paged_decode(
         UNIT=plan.unit,
         PROGRAMS=plan.programs,
         STAGES=config.num_stages,
+        RAW=raw,
         FP8=fp8,
         PDL=pdl,
         num_warps=max(config.num_warps, m // 16),

@@ -48,25 +48,21 @@ def _weighted(cos, sin, weight_ptr, HEAD_DIM: tl.constexpr, D_BLOCK: tl.constexp
 @triton.jit
 def turning(
     cos_sin_ptr,
-    newest_ptr,
     q_weight_ptr,
     k_weight_ptr,
-    row,
+    position,
     HEAD_DIM: tl.constexpr,
     D_BLOCK: tl.constexpr,
     ROT_HALF: tl.constexpr,
 ):
-    """Norm weights and rotation of a row's newest token in one: factors of each dimension of a query head and of its partner,
-    and the same of a key head, all float32 ``[D_BLOCK]``.
+    """Norm weights and rotation at a position in one: factors of each dimension of a query head and of its partner, and the
+    same of a key head, all float32 ``[D_BLOCK]``.
     """
     d = tl.arange(0, D_BLOCK)
-    cos = d.to(tl.float32)
-    sin = cos
-    if cos_sin_ptr is not None:
-        at = cos_sin_ptr + tl.load(newest_ptr + 2 * row + 1).to(tl.int64) * (2 * ROT_HALF) + d % ROT_HALF
-        cos = tl.load(at, mask=d < 2 * ROT_HALF, other=1.0)
-        sin = tl.load(at + ROT_HALF, mask=d < 2 * ROT_HALF, other=0.0)
-        sin = tl.where(d < ROT_HALF, -sin, sin)
+    at = cos_sin_ptr + position.to(tl.int64) * (2 * ROT_HALF) + d % ROT_HALF
+    cos = tl.load(at, mask=d < 2 * ROT_HALF, other=1.0)
+    sin = tl.load(at + ROT_HALF, mask=d < 2 * ROT_HALF, other=0.0)
+    sin = tl.where(d < ROT_HALF, -sin, sin)
     q_cos, q_sin = _weighted(cos, sin, q_weight_ptr, HEAD_DIM, D_BLOCK, ROT_HALF)
     k_cos, k_sin = _weighted(cos, sin, k_weight_ptr, HEAD_DIM, D_BLOCK, ROT_HALF)
     return q_cos, q_sin, k_cos, k_sin
