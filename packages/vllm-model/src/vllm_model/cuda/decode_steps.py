@@ -20,6 +20,10 @@ GRAPH_SIZES = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16))
 """Rows that graphs are captured for."""
 LEAST_GRAPHS = 4
 """Graphs that are captured to measure what one takes: the device gives memory in pieces of megabytes."""
+RAW_ROWS = range(17, 97)
+"""Rows for which decode attention finishes queries and keys itself. With fewer, many programs would do that for each pair; with
+more, each for several.
+"""
 FIELDS = 6
 """Of a row that the host sends: the five of :meth:`DeviceRows.stage`, and how much of it is shared."""
 LEADER = 4
@@ -112,9 +116,12 @@ class DecodeSteps:
         self._rows.begin(staged, ints)
         token_ids, positions, slots, seq_lens = ints
         skips = staged[(FIELDS - 1) * size : FIELDS * size] if shared else None
-        plan = self._plans.update(seq_lens, slots, forward.tables, skips)
+        raw = size in RAW_ROWS and skips is None
+        plan = self._plans.update(seq_lens, slots, forward.tables, skips, leave_newest=raw)
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+            if raw:
+                return forward.attend_raw(layer, q, plan)
             if skips is None:
                 return forward.attend_single(layer, q, plan)
             forward.attend_prefix(layer, q, staged[FIELDS * size :], workspace)
@@ -122,7 +129,7 @@ class DecodeSteps:
             join_prefix(out, skips, workspace, pdl=pdl)
             return out
 
-        hidden = forward.layers(token_ids, positions, slots, attend)
+        hidden = forward.layers(token_ids, positions, slots, attend, raw=raw)
         logits = forward.logits(hidden)
         tokens = self._sampler.draw(logits, slots, seq_lens, mode)
         return self._sampler.keep(logits, tokens, slots, mode)

@@ -20,6 +20,7 @@ from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
 from vllm_model.kernels.rms_norm import rms_norm
+from vllm_model.kernels.rotary_decode import Rotary
 from vllm_model.kernels.shared_prefix import PrefixWorkspace, attend_prefix
 from vllm_model.kv_cache import PagedKvCache
 
@@ -67,6 +68,7 @@ class Forward:
         keep: torch.Tensor | None = None,
         *,
         room: int = 0,
+        raw: bool = False,
     ) -> torch.Tensor:
         """Run a step's tokens through the layers.
 
@@ -75,6 +77,8 @@ class Forward:
             attend: The attention of this step.
             keep: int64 ``[rows]``, tokens that go on after the last attention; None: all.
             room: Queries and QKV have that many rows, the last of them zeros; 0: as many as tokens.
+            raw: In place of queries, ``attend`` is given all heads as the product left them, ``[tokens, heads, head_dim]``,
+                and writes keys and values itself.
 
         Returns:
             The hidden states ``[rows, hidden]`` before the last norm.
@@ -95,23 +99,26 @@ class Forward:
         next_norms = [*(layer.input_norm for layer in decoder.layers[1:]), decoder.norm]
         for index, (layer, next_norm) in enumerate(zip(decoder.layers, next_norms, strict=True)):
             qkv = stream.read(layer.qkv, layer.input_norm, out=None if qkv_room is None else qkv_room[:tokens])
-            q = qk_norm_rope(
-                qkv,
-                self._cos_sin,
-                positions,
-                slots,
-                self.tables,
-                self.cache.layers[index],
-                config.num_heads,
-                q_weight=layer.q_norm,
-                k_weight=layer.k_norm,
-                eps=config.rms_norm_eps,
-                k_scale=self.cache.k_scales[index],
-                v_scale=self.cache.v_scales[index],
-                out=None if q_room is None else q_room[:tokens],
-                keep_k=room > 0,
-                pdl=pdl,
-            )
+            if raw:
+                q = qkv.view(tokens, -1, config.head_dim)
+            else:
+                q = qk_norm_rope(
+                    qkv,
+                    self._cos_sin,
+                    positions,
+                    slots,
+                    self.tables,
+                    self.cache.layers[index],
+                    config.num_heads,
+                    q_weight=layer.q_norm,
+                    k_weight=layer.k_norm,
+                    eps=config.rms_norm_eps,
+                    k_scale=self.cache.k_scales[index],
+                    v_scale=self.cache.v_scales[index],
+                    out=None if q_room is None else q_room[:tokens],
+                    keep_k=room > 0,
+                    pdl=pdl,
+                )
             attended = attend(index, q if q_room is None else q_room, qkv if qkv_room is None else qkv_room).view(tokens, -1)
             if keep is not None and index == len(decoder.layers) - 1:
                 attended = attended[keep]
@@ -131,6 +138,19 @@ class Forward:
         cache = self.cache
         scales = cache.k_scales[layer], cache.v_scales[layer]
         return paged_decode(q, cache.layers[layer], plan, lse=lse, k_scale=scales[0], v_scale=scales[1], pdl=self._pdl)
+
+    def attend_raw(self, layer: int, heads: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+        """Attention of rows of one token whose heads are as the product left them; ``plan`` leaves the newest keys out."""
+        cache, weights = self.cache, self._decoder.layers[layer]
+        return paged_decode(
+            heads,
+            cache.layers[layer],
+            plan,
+            rotary=Rotary(self._cos_sin, weights.q_norm, weights.k_norm, self.config.rms_norm_eps),
+            k_scale=cache.k_scales[layer],
+            v_scale=cache.v_scales[layer],
+            pdl=self._pdl,
+        )
 
     def attend_few(self, layer: int, q: torch.Tensor, plan: DecodePlan, queries: int, starts: torch.Tensor) -> torch.Tensor:
         """``queries`` tokens of each row, the first at ``starts``, int32 ``[rows]``."""

@@ -45,11 +45,14 @@ class LooseSteps:
 
     def compile(self) -> None:
         """Launch what the steps need, for :meth:`Device.compile`."""
-        forward = self._forward
+        forward, plans = self._forward, self._plans
         tokens = torch.zeros(MANY_TOKENS, dtype=torch.int32, device=self._device.device)
         none, starts = tokens[:4] - 1, tokens[:8]
+        singles = {1, min(self._rows.max_num_seqs, MANY_TOKENS)}
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+            for rows in singles:
+                forward.attend_single(layer, q[:rows], plans.update(tokens[:rows], tokens[:rows] - 1, forward.tables))
             return forward.attend_chunks(layer, q, none, starts[:5], none)
 
         for room in (0, len(tokens)) if forward.has_library else (0,):

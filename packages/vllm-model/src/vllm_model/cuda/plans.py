@@ -49,9 +49,15 @@ class DecodePlans:
         return self._plans[rows > FEW_ROWS]
 
     def update(
-        self, seq_lens: torch.Tensor, slots: torch.Tensor, tables: torch.Tensor, skips: torch.Tensor | None = None
+        self,
+        seq_lens: torch.Tensor,
+        slots: torch.Tensor,
+        tables: torch.Tensor,
+        skips: torch.Tensor | None = None,
+        *,
+        leave_newest: bool = False,
     ) -> DecodePlan:
         """Cut a step's work, as :meth:`DecodePlan.update`; the plan that was made."""
         plan = self.of(len(slots))
-        plan.update(seq_lens, slots, tables, skips=skips, pdl=self._pdl)
+        plan.update(seq_lens, slots, tables, skips=skips, leave_newest=leave_newest, pdl=self._pdl)
         return plan

@@ -34,15 +34,15 @@ last tile, tiles of one head, length of the line."""
 
 
 @triton.jit
-def _keys(lens_ptr, slots_ptr, skips_ptr, row, rows):
-    """Of rows: slot, keys to attend to, and keys left out ahead of them. Padding and what is past the end has none."""
+def _keys(lens_ptr, slots_ptr, skips_ptr, row, rows, LEAVE_NEWEST: tl.constexpr):
+    """Of rows: slot, keys in tiles, and keys left out ahead of them. Padding and what is past the end has none."""
     mask = row < rows
     slot = tl.load(slots_ptr + row, mask=mask, other=-1)
     length = tl.load(lens_ptr + row, mask=mask, other=0)
     skip = row * 0
     if skips_ptr is not None:
         skip = tl.load(skips_ptr + row, mask=mask, other=0)
-    return slot, tl.where(slot >= 0, tl.maximum(length - skip, 0), 0), skip
+    return slot, tl.where(slot >= 0, tl.maximum(length - skip - LEAVE_NEWEST, 0), 0), skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -54,6 +54,7 @@ def _plan_kernel(
     starts_ptr,  # [rows + 1]
     entries_ptr,  # [tiles * (TILE // UNIT)]
     skips_ptr,  # [rows] or None
+    newest_ptr,  # [rows, 2]
     tables_stride,
     rows,
     KV_HEADS: tl.constexpr,
@@ -63,12 +64,13 @@ def _plan_kernel(
     PROGRAMS: tl.constexpr,
     ROWS_BLOCK: tl.constexpr,
     ENTRIES_BLOCK: tl.constexpr,
+    LEAVE_NEWEST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = tl.arange(0, ROWS_BLOCK)
     wait_for_previous(PDL)
-    _, length, _ = _keys(lens_ptr, slots_ptr, skips_ptr, row, rows)
+    _, length, _ = _keys(lens_ptr, slots_ptr, skips_ptr, row, rows, LEAVE_NEWEST)
     # An empty row has one tile with nothing in it, which writes its zeros.
     tiles = tl.where(row < rows, tl.maximum((length + TILE - 1) // TILE, 1), 0)
     upto = tl.cumsum(tiles, axis=0)
@@ -96,8 +98,14 @@ def _plan_kernel(
     per_tile: tl.constexpr = TILE // UNIT
     per_block: tl.constexpr = BLOCK_SIZE // UNIT
     for mine in range(program, rows, PROGRAMS):
-        my_slot, my_length, skip = _keys(lens_ptr, slots_ptr, skips_ptr, mine, rows)
+        my_slot, my_length, skip = _keys(lens_ptr, slots_ptr, skips_ptr, mine, rows, LEAVE_NEWEST)
         my_table = tables_ptr + my_slot.to(tl.int64) * tables_stride
+        if LEAVE_NEWEST:
+            position = tl.load(lens_ptr + mine) - 1
+            there = (my_slot >= 0) & (position >= 0)
+            page = tl.load(my_table + position // BLOCK_SIZE, mask=there, other=0)
+            tl.store(newest_ptr + 2 * mine, tl.where(there, page * BLOCK_SIZE + position % BLOCK_SIZE, -1))
+            tl.store(newest_ptr + 2 * mine + 1, tl.where(there, position, 0))
         my_first = tl.sum(tl.where(row < mine, tiles, 0), axis=0) * per_tile
         units = tl.maximum((my_length + TILE - 1) // TILE, 1) * per_tile
         for start in range(0, units, ENTRIES_BLOCK):
@@ -142,6 +150,9 @@ def default_decode_config(head_dim: int, max_rows: int, device: torch.device) ->
 class DecodePlan:
     """Who does what in a step's decode attention: device buffers of fixed size, good for CUDA graphs, shared by all layers.
 
+    ``newest``, int32 ``[max_rows, 2]``, has of each row whose newest key is left out: its place in the cache as block times
+    block size and place in the block, -1 if there is none; and its position.
+
     Args:
         max_rows: Most sequences in one launch.
         num_heads: Query heads.
@@ -183,6 +194,7 @@ class DecodePlan:
         self.block_size, self.max_blocks = block_size, max_blocks
         tiles = max(1, -(-max_blocks * block_size // self.config.tile))
         self.entries = torch.zeros(max_rows * tiles * (self.config.tile // self.unit), dtype=torch.int32, device=self.device)
+        self.newest = torch.zeros(max_rows, 2, dtype=torch.int32, device=self.device)
         self.starts = torch.zeros(max_rows + 1, dtype=torch.int32, device=self.device)
         self.plan = torch.zeros(self.programs, PLAN_FIELDS, dtype=torch.int32, device=self.device)
         self.parts = torch.empty(self.programs, 2, rows, power_of_two(head_dim), dtype=torch.float32, device=self.device)
@@ -196,6 +208,7 @@ class DecodePlan:
         block_tables: torch.Tensor,
         *,
         skips: torch.Tensor | None = None,
+        leave_newest: bool = False,
         pdl: bool = False,
     ) -> None:
         """Cut the step's work: once a step, before the first layer.
@@ -205,6 +218,7 @@ class DecodePlan:
             slots: int32 ``[rows]``; -1: padding, as if its length were 0.
             block_tables: int32 ``[max_slots, max_blocks]``.
             skips: int32 ``[rows]``: leave out that many first keys, whole tiles; for one query a row.
+            leave_newest: Leave each row's last key to whoever begins its pairs, as ``rotary`` of :func:`paged_decode` wants.
             pdl: Programmatic dependent launch.
 
         Raises:
@@ -223,6 +237,7 @@ class DecodePlan:
             self.starts,
             self.entries,
             skips,
+            self.newest,
             block_tables.stride(0),
             rows,
             KV_HEADS=self.num_kv_heads,
@@ -232,6 +247,7 @@ class DecodePlan:
             PROGRAMS=self.programs,
             ROWS_BLOCK=power_of_two(self.max_rows),
             ENTRIES_BLOCK=256,
+            LEAVE_NEWEST=leave_newest,
             PDL=pdl,
             num_warps=1 if self.max_rows <= 64 else 4,
             **launch_options(pdl),

@@ -1,0 +1,105 @@
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, misc"
+# ruff: noqa: N803  constexpr arguments are upper case in Triton
+"""The beginning of decode attention that takes QKV as the product gave it: one launch a layer less for few rows.
+
+Whoever begins a (sequence, KV head) pair normalises and rotates its queries; whoever has the pair's first tile finishes the
+newest key and value too, writes them to the cache, and starts the softmax with them, since no tile holds them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """What turns the product's QKV into queries and keys.
+
+    Attributes:
+        cos_sin: float32 ``[max_len, rotary_dim]``, as in :func:`qk_norm_rope`.
+        q_weight: ``[head_dim]``, norm of every q head; None with ``k_weight``: no norm.
+        k_weight: ``[head_dim]``.
+        eps: Added to the mean square.
+    """
+
+    cos_sin: torch.Tensor
+    q_weight: torch.Tensor | None = None
+    k_weight: torch.Tensor | None = None
+    eps: float = 1e-6
+
+
+@triton.jit
+def _partner(d, ROT_HALF: tl.constexpr):
+    """The dimension that each one is rotated with, less itself."""
+    return tl.where(d < ROT_HALF, ROT_HALF, tl.where(d < 2 * ROT_HALF, -ROT_HALF, 0))
+
+
+@triton.jit
+def _weighted(cos, sin, weight_ptr, HEAD_DIM: tl.constexpr, D_BLOCK: tl.constexpr, ROT_HALF: tl.constexpr):
+    if weight_ptr is not None:
+        d = tl.arange(0, D_BLOCK)
+        cos *= tl.load(weight_ptr + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+        sin *= tl.load(weight_ptr + d + _partner(d, ROT_HALF), mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+    return cos, sin
+
+
+@triton.jit
+def turning(
+    cos_sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    position,
+    HEAD_DIM: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    ROT_HALF: tl.constexpr,
+):
+    """Norm weights and rotation at a position in one: factors of each dimension of a query head and of its partner, and the
+    same of a key head, all float32 ``[D_BLOCK]``.
+    """
+    d = tl.arange(0, D_BLOCK)
+    at = cos_sin_ptr + position.to(tl.int64) * (2 * ROT_HALF) + d % ROT_HALF
+    cos = tl.load(at, mask=d < 2 * ROT_HALF, other=1.0)
+    sin = tl.load(at + ROT_HALF, mask=d < 2 * ROT_HALF, other=0.0)
+    sin = tl.where(d < ROT_HALF, -sin, sin)
+    q_cos, q_sin = _weighted(cos, sin, q_weight_ptr, HEAD_DIM, D_BLOCK, ROT_HALF)
+    k_cos, k_sin = _weighted(cos, sin, k_weight_ptr, HEAD_DIM, D_BLOCK, ROT_HALF)
+    return q_cos, q_sin, k_cos, k_sin
+
+
+@triton.jit
+def turned_queries(
+    heads_ptr,
+    io,
+    io_mask,
+    cos,
+    sin,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    ROT_HALF: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Query heads at ``heads_ptr + io``, ``[M, D_BLOCK]``, finished, in their own type."""
+    x = tl.load(heads_ptr + io, mask=io_mask, other=0.0).to(tl.float32)
+    partner = io + _partner(tl.arange(0, D_BLOCK), ROT_HALF)[None, :]
+    y = tl.load(heads_ptr + partner, mask=io_mask, other=0.0).to(tl.float32)
+    turned = x * cos[None, :] + y * sin[None, :]
+    if NORM:
+        turned *= tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
+    return turned.to(heads_ptr.dtype.element_ty)
+
+
+@triton.jit
+def finished_key(
+    head_ptr, cos, sin, eps, HEAD_DIM: tl.constexpr, D_BLOCK: tl.constexpr, ROT_HALF: tl.constexpr, NORM: tl.constexpr
+):
+    """The key head at ``head_ptr``, finished: float32 ``[D_BLOCK]``."""
+    d = tl.arange(0, D_BLOCK)
+    x = tl.load(head_ptr + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+    y = tl.load(head_ptr + d + _partner(d, ROT_HALF), mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+    turned = x * cos + y * sin
+    if NORM:
+        turned *= tl.rsqrt(tl.sum(x * x, axis=0) / HEAD_DIM + eps)
+    return turned
