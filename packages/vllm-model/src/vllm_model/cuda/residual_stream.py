@@ -7,6 +7,8 @@ import torch
 
 from vllm_model.decoder import Linear
 from vllm_model.kernels.gemv import thin_linear
+from vllm_model.kernels.library_linear import library_linear
+from vllm_model.kernels.library_table import choose_algorithm
 from vllm_model.kernels.linear import LinearWorkspace, Scaled, fits, linear, linear_residual
 from vllm_model.kernels.linear_table import Config
 from vllm_model.kernels.rms_norm import rms_norm
@@ -74,7 +76,7 @@ class ResidualStream:
             return
         config = self._config(x, layer, False)
         if config is None:
-            self._update = layer(x)
+            self._update = _library(x, layer)
             return
         self._scaled = linear_residual(
             x, layer.weight, self.residual, next_norm, config, workspace=self._workspace, pdl=self._pdl
@@ -96,9 +98,8 @@ class ResidualStream:
         return rms_norm(update, norm_weight, self._eps, self.residual, pdl=self._pdl)
 
 
-def _library(x: torch.Tensor, layer: Linear, out: torch.Tensor | None) -> torch.Tensor:
-    if out is None:
-        return layer(x)
+def _library(x: torch.Tensor, layer: Linear, out: torch.Tensor | None = None) -> torch.Tensor:
+    weight = layer.weight
     if layer.bias is None:
-        return torch.mm(x, layer.weight.t(), out=out)
-    return torch.addmm(layer.bias, x, layer.weight.t(), out=out)
+        return library_linear(x, weight, choose_algorithm(len(x), *weight.shape), out=out)
+    return layer(x) if out is None else torch.addmm(layer.bias, x, weight.t(), out=out)
