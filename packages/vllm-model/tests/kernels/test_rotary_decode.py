@@ -92,11 +92,17 @@ def test_heads_are_checked(make_paged: Make, device: str) -> None:
     paged = make_paged([5], 2, 32, torch.float16)
     plan = DecodePlan(1, 4, 2, 32, device, max_blocks=paged.tables.shape[1], max_queries=2)
     rotary = Rotary(rope_table(8, 32, 10000.0, device))
+    heads = torch.zeros(1, 8, 32, dtype=torch.float16, device=device)
+    with pytest.raises(ValueError, match="does not fit the plan"):  # which has the newest key in its tiles
+        paged_decode(heads, paged.cache, plan, rotary=rotary)
+    plan.update(torch.ones_like(paged.slots), paged.slots, paged.tables, leave_newest=True)
+    with pytest.raises(ValueError, match="come together"):
+        Rotary(rotary.cos_sin, q_weight=heads[0, 0])
     q = torch.zeros(1, 4, 32, dtype=torch.float16, device=device)
     with pytest.raises(ValueError, match="does not fit the plan"):
         paged_decode(q, paged.cache, plan, rotary=rotary)
     with pytest.raises(ValueError, match="out"):
-        paged_decode(torch.zeros(1, 8, 32, dtype=torch.float16, device=device), paged.cache, plan, rotary=rotary, out=q[:, :2])
+        paged_decode(heads, paged.cache, plan, rotary=rotary, out=q[:, :2])
 
 
 @pytest.mark.gpu

@@ -184,6 +184,7 @@ class DecodePlan:
             raise ValueError(f"no decode attention for {num_heads}/{num_kv_heads} heads of {head_dim}, {max_queries} queries")
         self.group = num_heads // num_kv_heads
         self.max_queries = max_queries
+        self.leaves_newest = False
         if config is None:
             measured = lookup("decode", (head_dim, self.group, int(max_rows <= 16)), self.device)
             config = DecodeConfig(*measured) if measured else default_decode_config(head_dim, max_rows, self.device)
@@ -227,6 +228,7 @@ class DecodePlan:
         rows = len(seq_lens)
         if rows > self.max_rows:
             raise ValueError(f"{rows} rows in a plan for {self.max_rows}")
+        self.leaves_newest = leave_newest
         launch(
             _plan_kernel,
             (self.programs,),

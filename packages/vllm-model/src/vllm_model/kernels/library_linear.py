@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 TYPES = {torch.bfloat16: 14, torch.float16: 2}  # CUDA_R_16BF, CUDA_R_16F
 SUMS = (68, 0)  # CUBLAS_COMPUTE_32F, CUDA_R_32F
-MULTIPROCESSORS = 132  # of the card that algorithms were measured on
+VERSION, MULTIPROCESSORS = 1301, 132  # of cuBLASLt, 13.1, and of the card that algorithms were measured with
 WORKSPACE = 32 << 20
 """Most bytes that a product may take besides its result, as with torch."""
 
@@ -87,15 +87,16 @@ def library(device: torch.device) -> tuple[Any, ctypes.c_void_p]:
 
 @lru_cache(maxsize=16)
 def has_algorithms(device: torch.device) -> bool:
-    """Whether algorithms may be chosen: on a Hopper card of the size that they were measured on, with cuBLASLt to be had."""
+    """Whether algorithms may be chosen: with cuBLASLt and a card of Hopper's like those that they were measured with."""
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
+    if num_sms(device) != MULTIPROCESSORS:
+        return False
     try:
-        library(device)
+        return bool(library(device)[0].cublasLtGetVersion() // 100 == VERSION)
     except Exception as error:
         logger.info("cuBLASLt's algorithms are left to torch: %s", error)
         return False
-    return num_sms(device) == MULTIPROCESSORS
 
 
 class Product:

@@ -41,8 +41,8 @@ ALGORITHMS: dict[tuple[int, int, int], Algorithm] = {
     (4096, 6144, 4096): Algorithm(66, 197, 35, 1, 0, 1, 2, 0, 5),  # QKV: 315.0 to 297.9 us
     (4096, 24576, 4096): Algorithm(66, 201, 35, 1, 0, 0, 2, 0, 5),  # gate and up: 1218.0 to 1152.2 us
 }
-"""By rows, outputs and inputs, in bfloat16: Qwen3-8B's products, torch's choice and this, cuBLASLt 13.1. Another version checks
-what it is given, and may be as fast with its own choice.
+"""By rows, outputs and inputs, in bfloat16: Qwen3-8B's products, torch's choice and this, with cuBLASLt 13.1; with another
+version the table is not used.
 
 Rows are those of steps: of graphs with prompts 512, 1024, 2048, 4096; of graphs without 8 to 128 by eights, then to 256 by
 sixteens. What is fastest for one number of rows is not for the next, so no other rows take an algorithm from here.

@@ -14,8 +14,8 @@ import triton.language as tl
 from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous, with_room
 from vllm_model.kernels._paged import attention_reference, holds_e4m3, query_group, softmax_scale
 from vllm_model.kernels.decode_plan import DecodePlan
-from vllm_model.kernels.qk_norm_rope import gather_cache_reference, store_cache
-from vllm_model.kernels.rotary_decode import Rotary, finished_key, turned_queries, turning
+from vllm_model.kernels.qk_norm_rope import gather_cache_reference
+from vllm_model.kernels.rotary_decode import Rotary, start_raw_pair
 
 
 @triton.jit
@@ -52,76 +52,6 @@ def _start_pair(
     highest = tl.full([M], -1.0e30, tl.float32)  # finite, so that a row that saw nothing yet subtracts to 0, not NaN
     denominator = tl.zeros([M], tl.float32)
     return left, (tile == 0) & (left == tiles), q, bound, highest, denominator, tl.zeros([M, D_BLOCK], tl.float32)
-
-
-@triton.jit
-def _start_raw_pair(
-    qkv_ptr,
-    cache_ptr,
-    starts_ptr,
-    newest_ptr,
-    cos_sin_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    io,
-    io_mask,
-    row,
-    head,
-    tile,
-    room,
-    wait,
-    block_stride,
-    qkv_stride,
-    eps,
-    softmax_scale,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ROT_HALF: tl.constexpr,
-    M: tl.constexpr,
-    NORM: tl.constexpr,
-    FP8: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """:func:`_start_pair` of heads as the product left them. Who has a pair's first tile writes its newest key and value to the
-    cache, and begins the softmax with them. With ``wait`` it waits for the product.
-    """
-    tiles = tl.load(starts_ptr + row + 1) - tl.load(starts_ptr + row)
-    left = tl.minimum(tiles - tile, room)
-    place = tl.load(newest_ptr + 2 * row)
-    position = tl.load(newest_ptr + 2 * row + 1)
-    q_cos, q_sin, k_cos, k_sin = turning(cos_sin_ptr, q_weight_ptr, k_weight_ptr, position, HEAD_DIM, D_BLOCK, ROT_HALF)
-    if wait:  # until here nothing is younger than the plan
-        wait_for_previous(PDL)
-    row_ptr = qkv_ptr + row.to(tl.int64) * qkv_stride
-    q = turned_queries(row_ptr + head * (GROUP * HEAD_DIM), io, io_mask, q_cos, q_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, NORM)
-    if FP8:
-        q = q.to(tl.float16)
-    highest = tl.full([M], -1.0e30, tl.float32)
-    denominator = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, D_BLOCK], tl.float32)
-    if (tile == 0) & (place >= 0):
-        d = tl.arange(0, D_BLOCK)
-        key_ptr = row_ptr + (KV_HEADS * GROUP + head) * HEAD_DIM
-        offset = (place // BLOCK_SIZE).to(tl.int64) * block_stride
-        offset += (head * (2 * BLOCK_SIZE) + place % BLOCK_SIZE) * HEAD_DIM + d
-        k_scale = 1.0
-        v_scale = 1.0
-        if FP8:
-            k_scale = tl.load(k_scale_ptr + head)
-            v_scale = tl.load(v_scale_ptr + head)
-        k = finished_key(key_ptr, k_cos, k_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, NORM)
-        v = tl.load(key_ptr + KV_HEADS * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
-        k = store_cache(cache_ptr, offset, k, 1.0 / k_scale, d < HEAD_DIM, FP8)
-        v = store_cache(cache_ptr, offset + BLOCK_SIZE * HEAD_DIM, v, 1.0 / v_scale, d < HEAD_DIM, FP8)
-        highest = tl.sum(q.to(tl.float32) * k[None, :], axis=1) * (softmax_scale * k_scale)
-        denominator += 1.0
-        acc += v[None, :]
-    return left, (tile == 0) & (left == tiles), q, highest, denominator, acc
 
 
 @triton.jit
@@ -322,7 +252,7 @@ def _decode_kernel(
             if RAW:  # noqa: SIM102  a constant and a number
                 if left == 0:
                     starts_here = tile == 0
-                    left, whole, q, highest, denominator, acc = _start_raw_pair(
+                    left, whole, q, highest, denominator, acc = start_raw_pair(
                         q_ptr,
                         cache_ptr,
                         starts_ptr,
@@ -514,7 +444,8 @@ def paged_decode(
         k_scale: float32 ``[num_kv_heads]``, for an e4m3 cache.
         v_scale: float32 ``[num_kv_heads]``, likewise.
         out: ``[rows * queries, num_heads, head_dim]``, contiguous heads; a new tensor when None.
-        pdl: Programmatic dependent launch; the plan must then be at least two launches old.
+        pdl: Programmatic dependent launch; the plan must then be at least two launches old, and with ``rotary`` what the cache
+            holds too.
 
     Returns:
         ``[rows * queries, num_heads, head_dim]``. Rows of length 0 or slot -1 are zeros.
@@ -529,6 +460,8 @@ def paged_decode(
         rows > plan.max_rows
         or len(q) != rows * queries
         or queries > (1 if raw else plan.max_queries)
+        or plan.leaves_newest != raw
+        or (rotary is not None and (rotary.cos_sin.shape[1] > head_dim or rotary.cos_sin.shape[1] % 2))
         or (queries > 1 and first_positions is None)
         or tuple(q.shape[1:]) != (plan.num_heads + (2 * plan.num_kv_heads if raw else 0), plan.head_dim)
         or query_group(q[:, : plan.num_heads], kv_cache) != plan.group

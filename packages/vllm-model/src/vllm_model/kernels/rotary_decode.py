@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, misc"
 # ruff: noqa: N803  constexpr arguments are upper case in Triton
-"""The beginning of decode attention that takes QKV as the product gave it: one launch a layer less for few rows.
+"""The beginning of decode attention that takes QKV as the product gave it: one launch a layer less.
 
 Whoever begins a (sequence, KV head) pair normalises and rotates its queries; whoever has the pair's first tile finishes the
 newest key and value too, writes them to the cache, and starts the softmax with them, since no tile holds them.
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
+from vllm_model.kernels._launch import wait_for_previous
+from vllm_model.kernels.qk_norm_rope import store_cache
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Rotary:
     k_weight: torch.Tensor | None = None
     eps: float = 1e-6
 
+    def __post_init__(self) -> None:
+        if (self.q_weight is None) != (self.k_weight is None):
+            raise ValueError("q_weight and k_weight come together")
+
 
 @triton.jit
 def _partner(d, ROT_HALF: tl.constexpr):
@@ -46,7 +53,7 @@ def _weighted(cos, sin, weight_ptr, HEAD_DIM: tl.constexpr, D_BLOCK: tl.constexp
 
 
 @triton.jit
-def turning(
+def _turning(
     cos_sin_ptr,
     q_weight_ptr,
     k_weight_ptr,
@@ -69,7 +76,7 @@ def turning(
 
 
 @triton.jit
-def turned_queries(
+def _turned_queries(
     heads_ptr,
     io,
     io_mask,
@@ -92,7 +99,7 @@ def turned_queries(
 
 
 @triton.jit
-def finished_key(
+def _finished_key(
     head_ptr, cos, sin, eps, HEAD_DIM: tl.constexpr, D_BLOCK: tl.constexpr, ROT_HALF: tl.constexpr, NORM: tl.constexpr
 ):
     """The key head at ``head_ptr``, finished: float32 ``[D_BLOCK]``."""
@@ -103,3 +110,74 @@ def finished_key(
     if NORM:
         turned *= tl.rsqrt(tl.sum(x * x, axis=0) / HEAD_DIM + eps)
     return turned
+
+
+@triton.jit
+def start_raw_pair(
+    qkv_ptr,
+    cache_ptr,
+    starts_ptr,
+    newest_ptr,
+    cos_sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    io,
+    io_mask,
+    row,
+    head,
+    tile,
+    room,
+    wait,
+    block_stride,
+    qkv_stride,
+    eps,
+    softmax_scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROT_HALF: tl.constexpr,
+    M: tl.constexpr,
+    NORM: tl.constexpr,
+    FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A pair from its tile ``tile`` on, of heads as the product left them: the tiles of it that this program takes, at most
+    ``room``; whether that is all of it; its queries; and of the softmax: maximum, sum, weighted values. With ``wait`` it waits
+    for the product.
+    """
+    tiles = tl.load(starts_ptr + row + 1) - tl.load(starts_ptr + row)
+    left = tl.minimum(tiles - tile, room)
+    place = tl.load(newest_ptr + 2 * row)
+    position = tl.load(newest_ptr + 2 * row + 1)
+    q_cos, q_sin, k_cos, k_sin = _turning(cos_sin_ptr, q_weight_ptr, k_weight_ptr, position, HEAD_DIM, D_BLOCK, ROT_HALF)
+    if wait:  # until here nothing is younger than the plan
+        wait_for_previous(PDL)
+    row_ptr = qkv_ptr + row.to(tl.int64) * qkv_stride
+    q = _turned_queries(row_ptr + head * (GROUP * HEAD_DIM), io, io_mask, q_cos, q_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, NORM)
+    if FP8:
+        q = q.to(tl.float16)
+    highest = tl.full([M], -1.0e30, tl.float32)
+    denominator = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D_BLOCK], tl.float32)
+    if (tile == 0) & (place >= 0):
+        d = tl.arange(0, D_BLOCK)
+        key_ptr = row_ptr + (KV_HEADS * GROUP + head) * HEAD_DIM
+        offset = (place // BLOCK_SIZE).to(tl.int64) * block_stride
+        offset += (head * (2 * BLOCK_SIZE) + place % BLOCK_SIZE) * HEAD_DIM + d
+        k_scale = 1.0
+        v_scale = 1.0
+        if FP8:
+            k_scale = tl.load(k_scale_ptr + head)
+            v_scale = tl.load(v_scale_ptr + head)
+        k = _finished_key(key_ptr, k_cos, k_sin, eps, HEAD_DIM, D_BLOCK, ROT_HALF, NORM)
+        v = tl.load(key_ptr + KV_HEADS * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+        k = store_cache(cache_ptr, offset, k, 1.0 / k_scale, d < HEAD_DIM, FP8)
+        v = store_cache(cache_ptr, offset + BLOCK_SIZE * HEAD_DIM, v, 1.0 / v_scale, d < HEAD_DIM, FP8)
+        highest = tl.sum(q.to(tl.float32) * k[None, :], axis=1) * (softmax_scale * k_scale)
+        denominator += 1.0
+        acc += v[None, :]
+    return left, (tile == 0) & (left == tiles), q, highest, denominator, acc
