@@ -5,33 +5,30 @@ import numpy as np
 import torch
 
 from vllm_model.cuda.device import Device, Graph
-from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import THIN_ROWS, Forward
 from vllm_model.cuda.rows import DeviceRows
 from vllm_model.kernels.library_prefill import LEAST, padded
 from vllm_traits.batch import Batch
 
-CHUNK_PARTS = (1, 2, 4, 8)
+CHUNK_PARTS = (1, 2, 4, 8, 16, 32, 64)
 """The graphs' sizes as parts of the longest step."""
-CHUNK_ROW_FIELDS = 6
-"""Of a row that the host sends: slot, start, position, last token, slot to sample for, position to sample."""
+CHUNK_ROW_FIELDS = 4
+"""Of a row that the host sends: slot, start, position, last token."""
 
 
 class ChunkSteps:
-    """Replays them.
+    """Replays them. Each ends with hidden states: tokens are drawn outside, in any way.
 
     Args:
         device: Where.
-        forward, rows, sampler: What the steps are made of.
+        forward, rows: What the steps are made of.
         max_num_batched_tokens: Tokens of the longest step.
     """
 
-    def __init__(
-        self, device: Device, forward: Forward, rows: DeviceRows, sampler: DeviceSampler, max_num_batched_tokens: int
-    ) -> None:
-        self._device, self._forward, self._rows, self._sampler = device, forward, rows, sampler
-        self._sizes = sorted(max_num_batched_tokens // part for part in CHUNK_PARTS)
+    def __init__(self, device: Device, forward: Forward, rows: DeviceRows, max_num_batched_tokens: int) -> None:
+        self._device, self._forward, self._rows = device, forward, rows
+        self._sizes = sorted(max(max_num_batched_tokens // part, 1) for part in CHUNK_PARTS)
         longest = self._sizes[-1]
         self._has_prompt = forward.has_library and LEAST <= longest == padded(longest)
         self._graphs: dict[int, Graph] = {}
@@ -44,8 +41,9 @@ class ChunkSteps:
 
     def capture_all(self) -> None:
         """The graphs of all sizes, the largest first."""
-        for size in reversed(self._sizes if self._sizes[0] > THIN_ROWS else []):
-            self._graphs[size] = self._capture(size, as_prompt=False)
+        for size in reversed(self._sizes):
+            if size > THIN_ROWS:
+                self._graphs[size] = self._capture(size, as_prompt=False)
         if self._has_prompt:
             self._prompt = self._capture(self._sizes[-1], as_prompt=True)
 
@@ -55,16 +53,14 @@ class ChunkSteps:
         kinds = (False, True) if self._has_prompt else (False,)
         return [self._capture(longest, as_prompt=kind) for kind in kinds]
 
-    def size_for(self, batch: Batch, mode: Sampling) -> int | None:
+    def size_for(self, batch: Batch) -> int | None:
         """Tokens of the graph that runs this step, if there is one."""
-        if (batch.num_draft > 0).any() or 2 * batch.num_tokens <= self._sizes[0]:
+        if (batch.num_draft > 0).any():
             return None
-        size = next((size for size in self._sizes if size >= batch.num_tokens), 0)
-        fits = size in self._graphs and mode in (Sampling(), Sampling("greedy"))
-        return size if fits else None
+        return next((size for size in self._sizes if size in self._graphs and size >= batch.num_tokens), None)
 
     def run(self, batch: Batch, size: int) -> torch.Tensor:
-        """Start a step in the graph of that size: its tokens, int32 ``[rows or more]``."""
+        """Start a step in the graph of that size: hidden states of each row's last token, ``[rows, hidden]``."""
         self._rows.send_blocks(batch)
         lens, n, end = batch.query_lens, batch.num_rows, batch.num_tokens
         whole = n == 1 and batch.num_computed[0] == 0 and end == self._sizes[-1]
@@ -81,17 +77,15 @@ class ChunkSteps:
         rows[1, : n + 1], rows[1, n + 1 :] = batch.query_start, end
         rows[2, :n], rows[2, n:] = batch.num_computed, 0
         rows[3, :n], rows[3, n:] = batch.query_start[1:] - 1, 0
-        rows[4, :n], rows[4, n:] = np.where(batch.sample, batch.slots, -1), -1
-        rows[5, :n], rows[5, n:] = batch.num_computed + lens, 0
         graph.staged.copy_(pinned, non_blocking=True)
-        return graph.replay()
+        return graph.replay()[:n]
 
     def _capture(self, size: int, *, as_prompt: bool) -> Graph:
         """A step of up to ``size`` tokens of any rows, or of that many of one prompt from its beginning."""
         forward, room, most = self._forward, self._row_room, self._rows.max_num_seqs
         staged = torch.zeros(3 * size + CHUNK_ROW_FIELDS * room, dtype=torch.int32, device=self._device.device)
         tokens, rows = staged[: 3 * size].view(3, size), staged[3 * size :].view(CHUNK_ROW_FIELDS, room)
-        tokens[2], rows[0], rows[4] = -1, -1, -1  # nothing is written
+        tokens[2], rows[0] = -1, -1  # nothing is written
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
             if as_prompt:
@@ -101,10 +95,7 @@ class ChunkSteps:
         def run() -> torch.Tensor:
             last = self._rows.last_token[tokens[2].clamp(min=0)]
             token_ids = torch.where(tokens[0] < 0, last, tokens[0])
-            keep = rows[3, :most].long()
-            hidden = forward.layers(token_ids, tokens[1], tokens[2], attend, keep, room=size if as_prompt else 0)
-            drawn = self._sampler.draw(forward.logits(hidden), rows[4, :most], rows[5, :most], Sampling())
-            self._rows.keep(drawn, rows[4, :most])
-            return drawn
+            keep = rows[3, : min(most, size)].long()
+            return forward.layers(token_ids, tokens[1], tokens[2], attend, keep, room=size if as_prompt else 0)
 
         return self._device.capture(staged, run)

@@ -22,7 +22,7 @@ class Graph:
 
     staged: torch.Tensor
     replay: Callable[[], torch.Tensor]
-    """Runs it and returns its tokens, always the same tensor on a CUDA device."""
+    """Runs it and returns its tokens or hidden states, always the same tensor on a CUDA device."""
 
 
 class Device:
@@ -92,15 +92,15 @@ class Device:
             return Graph(staged, run)
         run()
         try:
-            graph, tokens = self._record(run)
+            graph, result = self._record(run)
         except torch.OutOfMemoryError:
             self.reclaim()  # while a graph is recorded, memory that is cached cannot be given back for it
-            graph, tokens = self._record(run)
+            graph, result = self._record(run)
         self._pool = self._pool or graph.pool()
 
         def replay() -> torch.Tensor:
             graph.replay()
-            return tokens
+            return result
 
         return Graph(staged, replay)
 
@@ -109,13 +109,13 @@ class Device:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool)
         try:
-            tokens = run()
+            result = run()
         except BaseException:
             with suppress(RuntimeError):
                 graph.capture_end()
             raise
         graph.capture_end()
-        return graph, tokens
+        return graph, result
 
     def taken_by(self, run: Callable[[], object]) -> tuple[int, int]:
         """Bytes that ``run`` takes of the device for good, and of torch's memory at its highest."""

@@ -82,11 +82,15 @@ class LooseSteps:
         entries = sampled_entries(batch)
         if entries.width > 1:
             return self._verify(batch, entries, mode)
+        return self.sample(batch, self._hidden(batch), mode)
+
+    def sample(self, batch: Batch, hidden: torch.Tensor, mode: Sampling) -> torch.Tensor:
+        """What :meth:`DeviceSampler.keep` returns for the hidden states of each row's last token, ``[rows, hidden]``."""
         # Rows that do not sample have slot -1 here.
         slots, positions = self._device.send_aligned(
             np.where(batch.sample, batch.slots, -1), batch.num_computed + batch.query_lens
         )
-        logits = self._forward.logits(self._hidden(batch))
+        logits = self._forward.logits(hidden)
         tokens = self._sampler.draw(logits, slots, positions, mode)
         return self._sampler.keep(logits, tokens, slots, mode)
 

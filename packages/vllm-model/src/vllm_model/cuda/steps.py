@@ -62,7 +62,7 @@ class Steps:
         plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size, 1 + MAX_DRAFT_TOKENS)
         self.decode = DecodeSteps(device, forward, rows, sampler, plans)
         self.short = ShortSteps(device, forward, rows, sampler, plans)
-        self.chunk = ChunkSteps(device, forward, rows, sampler, max_num_batched_tokens)
+        self.chunk = ChunkSteps(device, forward, rows, max_num_batched_tokens)
         self.loose = LooseSteps(device, forward, rows, sampler, plans, max_num_batched_tokens)
         self._finisher = Finisher(device, rows, max_num_seqs * max(1 + MAX_DRAFT_TOKENS, 3 + 2 * MAX_LOGPROBS))
 
@@ -114,7 +114,7 @@ class Steps:
         shape = self.short.shape_for(batch)
         if shape is not None and not mode.reports and not self._logits_rows.are_penalised(batch):
             return finish(batch, self.short.run(batch, shape, mode))
-        size = self.chunk.size_for(batch, mode)
+        size = self.chunk.size_for(batch)
         if size is not None:
-            return finish(batch, self.chunk.run(batch, size))
+            return finish(batch, self.loose.sample(batch, self.chunk.run(batch, size), mode), num_logprobs)
         return finish(batch, self.loose.run(batch, mode), num_logprobs)

@@ -175,7 +175,7 @@ class Cases:
 
     def _prefill(self) -> Case:
         head_dim = self._config.head_dim
-        default = astuple(default_prefill_config(head_dim, self._group))
+        default = astuple(default_prefill_config(self._group))
         shapes = _unique(default, [shape for shape in PREFILL if shape[0] >= self._group])
         trials = [self._prefill_load(1, 0, 64, dtype) for dtype in self._kv_dtypes]
         loads = [self._prefill_load(*chunk, self._dtype) for chunk in CHUNKS]

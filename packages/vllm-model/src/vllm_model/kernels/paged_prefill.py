@@ -192,17 +192,15 @@ def _prefill_kernel(
 class PrefillConfig:
     """Launch shape: rows and keys of a tile (powers of two; ``block_m`` at least the group), warps, load pipeline depth."""
 
-    block_m: int = 128
-    block_n: int = 64
-    num_warps: int = 8
-    num_stages: int = 3
+    block_m: int = 64
+    block_n: int = 32
+    num_warps: int = 4
+    num_stages: int = 2
 
 
-def default_prefill_config(head_dim: int, group: int) -> PrefillConfig:
-    """Tiles that fit the registers and the shared memory of Hopper."""
-    if head_dim > 128:
-        return PrefillConfig(block_m=max(64, power_of_two(group)), block_n=32, num_warps=4, num_stages=2)
-    return PrefillConfig()
+def default_prefill_config(group: int) -> PrefillConfig:
+    """What was fastest on Hopper, of tiles that fit its registers and shared memory."""
+    return PrefillConfig(block_m=max(PrefillConfig.block_m, power_of_two(group)))
 
 
 def paged_prefill(
@@ -255,7 +253,7 @@ def paged_prefill(
         return out
     if config is None:
         measured = lookup("prefill", (head_dim, group), q.device)
-        config = PrefillConfig(*measured) if measured else default_prefill_config(head_dim, group)
+        config = PrefillConfig(*measured) if measured else default_prefill_config(group)
     block_tokens = config.block_m // group
     # The host knows only the sums, so the grid is their bound; programs past the last tile leave at once.
     blocks = triton.cdiv(tokens, block_tokens) + rows
