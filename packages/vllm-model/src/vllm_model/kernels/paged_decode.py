@@ -16,6 +16,7 @@ from vllm_model.kernels._paged import attention_reference, holds_e4m3, query_gro
 from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.kernels.qk_norm_rope import gather_cache_reference
 from vllm_model.kernels.rotary_decode import Rotary, start_raw_pair
+from vllm_model.kernels.warp_decode import launch_warp_decode, suits
 
 
 @triton.jit
@@ -473,6 +474,9 @@ def paged_decode(
     if out.shape != (len(q), plan.num_heads, head_dim) or out.stride()[1:] != (head_dim, 1):
         raise ValueError(f"out {tuple(out.shape)} with strides {out.stride()} does not fit q {tuple(q.shape)}")
     if not rows:
+        return out
+    if queries == 1 and lse is None and not fp8 and suits(q, kv_cache, plan, rotary):
+        launch_warp_decode(q, kv_cache, plan, rotary, out, softmax_scale(head_dim, scale), pdl=pdl)
         return out
     turned = (rotary.cos_sin, rotary.q_weight, rotary.k_weight) if rotary else (None, None, None)
     config, m = plan.config, max(16, power_of_two(queries * plan.group))

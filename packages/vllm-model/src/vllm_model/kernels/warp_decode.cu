@@ -1,0 +1,463 @@
+// Decode attention on Hopper, one query token a row: every program is one warp that runs along its tiles of the plan alone.
+//
+// The host puts before this text: ELEMENT_IS_BF16, HEAD_DIM (64 or 128), GROUP (query heads of a KV head, at most 8), TILE
+// (keys of a step, in pages of 16), STAGES, PROGRAMS, KV_HEADS, and RAW: heads are as the product left them.
+//
+// A page's keys and values of one head lie together: the copy engine brings them in one piece, some tiles ahead. Keys are the
+// rows of the matrix unit's products and heads its eight columns: scores are keys x heads, values are dimensions x heads.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+struct alignas(64) TensorMap { u64 words[16]; };
+
+#define PAGE 16                            // keys
+#define PAGES (TILE / PAGE)
+#define STEPS (HEAD_DIM / 16)              // of the matrix unit along a head
+#define PIECES (HEAD_DIM / 64)             // of 128 bytes, the width of the swizzle, of a key or a value
+#define PAGE_BYTES (2 * PAGE * HEAD_DIM * 2)  // keys, then values
+#define STAGE_BYTES (PAGES * PAGE_BYTES)
+#define VALUES (4 * STEPS)                 // of a thread: dimensions g and g + 8 of 16, heads 2t and 2t + 1, for lane 4g + t
+#define NOTHING -1.0e30f                   // finite: what saw nothing yet subtracts to 0, not NaN
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+    u32 done;
+    do {
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    } while (!done);
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&a)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(u32 (&a)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ u32 transposed(u32 v) {
+    u32 r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+#if ELEMENT_IS_BF16
+#define ELEMENT "bf16"
+__device__ __forceinline__ float low(u32 v) { return __uint_as_float(v << 16); }
+__device__ __forceinline__ float high(u32 v) { return __uint_as_float(v & 0xffff0000u); }
+#else
+#define ELEMENT "f16"
+__device__ __forceinline__ float half_float(u16 v) {
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
+    return r;
+}
+__device__ __forceinline__ float low(u32 v) { return half_float((u16)v); }
+__device__ __forceinline__ float high(u32 v) { return half_float((u16)(v >> 16)); }
+#endif
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 r;
+    asm("cvt.rn." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+// d [16, 8] += a [16, 16] b [16, 8]
+__device__ __forceinline__ void multiply(float* d, const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The sum of a value of all lanes with the same t.
+__device__ __forceinline__ float sum_of_column(float v) {
+#pragma unroll
+    for (int far = 4; far < 32; far *= 2) v += __shfl_xor_sync(~0u, v, far);
+    return v;
+}
+
+__device__ __forceinline__ float max_of_column(float v) {
+#pragma unroll
+    for (int far = 4; far < 32; far *= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, far));
+    return v;
+}
+
+// Of the four lanes that have one head.
+__device__ __forceinline__ float sum_of_head(float v) {
+    v += __shfl_xor_sync(~0u, v, 1);
+    return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// A pair's softmax: maximum and sum of heads 2t and 2t + 1, and the values weighted so far. Each lane sums up its own keys.
+struct Pair {
+    float highest[2], sum[2], values[VALUES];
+};
+
+#if RAW
+// A head's dimensions 16 i + 2t + {0, 1, 8, 9}, as the matrix unit wants them.
+struct Head {
+    float d[VALUES];
+};
+
+__device__ __forceinline__ Head widened(const u32 (&from)[2 * STEPS]) {
+    Head x;
+#pragma unroll
+    for (int i = 0; i < 2 * STEPS; i++) x.d[2 * i] = low(from[i]), x.d[2 * i + 1] = high(from[i]);
+    return x;
+}
+
+// Normalised and rotated; a dimension's partner is half a head away, in the same thread.
+__device__ __forceinline__ void finish_head(Head& x, const float* cos_sin, const u16* weight, float eps) {
+    const int t = threadIdx.x % 4;
+    float squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < VALUES; i++) squares += x.d[i] * x.d[i];
+    const float scale = weight ? rsqrtf(sum_of_head(squares) / HEAD_DIM + eps) : 1.f;
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        const int d = 8 * i + 2 * t;
+        const float2 cosine = *(const float2*)(cos_sin + d), sine = *(const float2*)(cos_sin + HEAD_DIM / 2 + d);
+        const u32 near = weight ? *(const u32*)(weight + d) : 0u, far = weight ? *(const u32*)(weight + HEAD_DIM / 2 + d) : 0u;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float &first = x.d[2 * i + j], &second = x.d[VALUES / 2 + 2 * i + j];
+            const float a = first * (weight ? (j ? high(near) : low(near)) * scale : 1.f);
+            const float b = second * (weight ? (j ? high(far) : low(far)) * scale : 1.f);
+            const float c = j ? cosine.y : cosine.x, s = j ? sine.y : sine.x;
+            first = a * c - b * s, second = b * c + a * s;
+        }
+    }
+}
+
+__device__ __forceinline__ void rounded(Head& x, u32 (&to)[2 * STEPS]) {
+#pragma unroll
+    for (int i = 0; i < 2 * STEPS; i++) {
+        to[i] = pack(x.d[2 * i], x.d[2 * i + 1]);
+        x.d[2 * i] = low(to[i]), x.d[2 * i + 1] = high(to[i]);
+    }
+}
+#endif
+
+// The heads of a pair go out.
+__device__ __forceinline__ void write_pair(const Pair& pair, u16* out) {
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+    float factor[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) factor[j] = pair.sum[j] > 0.f ? 1.f / pair.sum[j] : 1.f;
+#pragma unroll
+    for (int i = 0; i < 2 * STEPS; i++) {  // from dimension g, heads 2t to head g, dimensions 2t
+        const u32 v = transposed(pack(pair.values[2 * i] * factor[0], pair.values[2 * i + 1] * factor[1]));
+        if (g < GROUP) *(u32*)(out + g * HEAD_DIM + 8 * i + 2 * t) = v;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32) warp_decode(
+    const __grid_constant__ TensorMap cache_map,  // [blocks, KV_HEADS, 2 PAGE PIECES, 64]
+    const u16* q,                                 // [rows, heads, HEAD_DIM]; RAW with key and value heads behind them
+    u16* out,                                     // [rows, KV_HEADS GROUP, HEAD_DIM]
+    u16* cache,                                   // RAW: [blocks, KV_HEADS, 2, PAGE, HEAD_DIM]
+    const int* plan,                              // [PROGRAMS, 16]
+    const int* starts,                            // [rows + 1]
+    const int* entries,                           // [tiles, PAGES]
+    float* parts,                                 // [PROGRAMS, 2, 32 VALUES or more]
+    float* stats,                                 // [PROGRAMS, 2, 16 or more]: maximum and sum of the heads
+    int* counts,                                  // [rows KV_HEADS]
+    const int* newest,                            // RAW: [rows, 2]
+    const float* cos_sin,                         // RAW: [max_len, HEAD_DIM]
+    const u16* q_weight,                          // RAW: [HEAD_DIM] or null
+    const u16* k_weight,
+    long long block_stride, long long q_stride, long long out_stride, int part_size, int stat_size, float eps, float scale) {
+    extern __shared__ unsigned char memory[];
+    const u32 stages = (shared_address(memory) + 1023) & ~1023u, full = stages + STAGES * STAGE_BYTES;
+    const u32 seen = full + 8 * STAGES;  // [STAGES]: keys of the tile's pages, a byte each
+    const int lane = threadIdx.x, g = lane / 4, t = lane % 4, program = blockIdx.x;
+
+    const int field = lane < 16 ? plan[program * 16 + lane] : 0;
+    const auto planned = [&](int i) { return __shfl_sync(~0u, field, i); };
+    const int begin = planned(0), end = planned(1), first_row = planned(2), first_head = planned(3), last_row = planned(5);
+    const int last_head = planned(6), each = planned(7), total = planned(8);
+    int row = first_row, head = first_head, tile = planned(4);
+
+    u64 read_once;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(read_once));
+
+    // Tiles are asked for in their order, `ahead` of what is computed.
+    int ask = begin, ask_head = first_head, ask_place = begin - first_head * each;
+    int upcoming[PAGES];  // entries of the tile that is `lane` behind `upcoming_from`
+    int upcoming_from = begin - 32;
+    const auto ask_for_tile = [&]() {
+        if (ask >= end) return;
+        if (ask - upcoming_from >= 32) {
+            upcoming_from = ask;
+            const int at = min(ask + lane, end - 1), its = at % each;
+#pragma unroll
+            for (int i = 0; i < PAGES; i++) upcoming[i] = entries[its * PAGES + i];
+        }
+        const u32 stage = (ask - begin) % STAGES, to = stages + stage * STAGE_BYTES, bar = full + 8 * stage;
+        int entry[PAGES];
+        u32 keys = 0, bytes = 0;
+#pragma unroll
+        for (int i = 0; i < PAGES; i++) {
+            entry[i] = __shfl_sync(~0u, upcoming[i], ask - upcoming_from);
+            keys |= (entry[i] & 255) << (8 * i);
+            bytes += (entry[i] & 255) ? PAGE_BYTES : 0;
+        }
+        if (lane == 0) {
+            asm volatile("st.shared::cta.u32 [%0], %1;" ::"r"(seen + 4 * stage), "r"(keys) : "memory");
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+#pragma unroll
+            for (int i = 0; i < PAGES; i++) {
+                if (entry[i] & 255) {
+                    asm volatile(
+                        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %3, %4, %5}], [%2], %6;"
+                        ::"r"(to + i * PAGE_BYTES), "l"(&cache_map), "r"(bar), "r"(0), "r"(ask_head), "r"(entry[i] >> 8), "l"(read_once) : "memory");
+                }
+            }
+        }
+        ask++;
+        if (++ask_place == each) ask_place = 0, ask_head++;
+    };
+    if (lane == 0) {
+        for (int i = 0; i < STAGES; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * i));
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        asm volatile("prefetch.tensormap [%0];" ::"l"(&cache_map) : "memory");
+    }
+    __syncwarp();
+    if (!RAW) wait_for_previous();
+    for (int i = 0; i < STAGES; i++) ask_for_tile();
+    if (RAW) wait_for_previous();  // until here nothing is younger than the plan
+    if (begin >= end) return;
+
+    Pair pair;
+    u32 query[2 * STEPS], coming[2 * STEPS];
+    bool whole = false, starts_here = false;
+    int left = 0;
+    const auto keep_part = [&]() {
+        // A program holds at most one part without the pair's beginning (0) and one with it, but not its end (1).
+        const int part = program * 2 + starts_here;
+        float4* to = (float4*)(parts + (long long)part * part_size);
+        if (2 * t < GROUP) {
+#pragma unroll
+            for (int i = 0; i < VALUES / 4; i++) {
+                to[32 * i + lane] = float4{pair.values[4 * i], pair.values[4 * i + 1], pair.values[4 * i + 2], pair.values[4 * i + 3]};
+            }
+        }
+        if (g == 0) *(float4*)(stats + part * stat_size + 4 * t) = float4{pair.highest[0], pair.highest[1], pair.sum[0], pair.sum[1]};
+    };
+
+    // Where the matrix unit's tiles begin in a page for this lane: 16 bytes of a row, swizzled by the row.
+    const u32 k_row = lane % 16, k_part = lane / 16;                       // keys 0-7, 8-15, then the next 8 dimensions
+    const u32 v_row = PAGE + (lane / 16) * 8 + lane % 8, v_part = lane / 8 % 2;  // dimensions 0-7, 8-15, then the next 8 keys
+    const auto place = [](u32 row, u32 part, int step) {
+        const u32 line = PIECES * row + step / 4;
+        return line * 128 + ((((step % 4) * 2 + part) ^ (line % 8)) * 16);
+    };
+
+    // What a pair begins with is asked for while the one before it runs.
+    int tiles, where, position;
+    const auto fetch = [&](int row, int head) {
+        tiles = starts[row + 1] - starts[row];
+        if (RAW) where = newest[2 * row], position = newest[2 * row + 1];
+        const u16* its = q + row * q_stride + (head * GROUP + g) * HEAD_DIM + 2 * t;
+#pragma unroll
+        for (int i = 0; i < 2 * STEPS; i++) coming[i] = g < GROUP ? *(const u32*)(its + 8 * i) : 0u;
+    };
+    fetch(row, head);
+
+    for (int at = begin; at < end; at++) {
+        if (left == 0) {
+            left = min(tiles - tile, end - at);
+            starts_here = tile == 0;
+            whole = starts_here && left == tiles;
+#pragma unroll
+            for (int i = 0; i < VALUES; i++) pair.values[i] = 0.f;
+#pragma unroll
+            for (int j = 0; j < 2; j++) pair.highest[j] = NOTHING, pair.sum[j] = 0.f;
+#if RAW
+            const float* turn = cos_sin + (long long)position * HEAD_DIM;
+            Head mine = widened(coming);
+            finish_head(mine, turn, q_weight, eps);
+            rounded(mine, query);
+            if (starts_here && where >= 0) {  // no tile has the newest key
+                const u16* key = q + row * q_stride + (KV_HEADS * GROUP + head) * HEAD_DIM;
+                const u16* value = key + KV_HEADS * HEAD_DIM;
+                u16* to = cache + (where / PAGE) * block_stride + (head * 2 * PAGE + where % PAGE) * HEAD_DIM;
+                u32 kept[2 * STEPS];
+#pragma unroll
+                for (int i = 0; i < 2 * STEPS; i++) kept[i] = *(const u32*)(key + 8 * i + 2 * t);
+                Head newest_key = widened(kept);
+                finish_head(newest_key, turn, k_weight, eps);
+                rounded(newest_key, kept);
+                float score = 0.f;
+#pragma unroll
+                for (int i = 0; i < VALUES; i++) score += mine.d[i] * newest_key.d[i];
+                score = sum_of_head(score) * scale;  // of head g
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    pair.highest[j] = __shfl_sync(~0u, score, 4 * (2 * t + j));
+                    pair.sum[j] = g == 0 ? 1.f : 0.f;
+                }
+#pragma unroll
+                for (int i = 0; i < 2 * STEPS; i++) {
+                    pair.values[2 * i] = pair.values[2 * i + 1] = low((u32)value[8 * i + g]);
+                    if (g == 0) *(u32*)(to + 8 * i + 2 * t) = kept[i];
+                    if (g == 1) *(u32*)(to + PAGE * HEAD_DIM + 8 * i + 2 * t) = *(const u32*)(value + 8 * i + 2 * t);
+                }
+            }
+#else
+#pragma unroll
+            for (int i = 0; i < 2 * STEPS; i++) query[i] = coming[i];
+#endif
+            const bool is_rows_end = (head + 1) * each == at + left;
+            if (at + left < end) fetch(is_rows_end ? 0 : row + 1, head + is_rows_end);
+        }
+        const u32 stage = (at - begin) % STAGES, here = stages + stage * STAGE_BYTES;
+        barrier_wait(full + 8 * stage, ((at - begin) / STAGES) & 1);
+        u32 keys;
+        asm volatile("ld.shared::cta.u32 %0, [%1];" : "=r"(keys) : "r"(seen + 4 * stage) : "memory");
+        float scores[PAGES][4];
+#pragma unroll
+        for (int page = 0; page < PAGES; page++) {
+            const int count = keys >> (8 * page) & 255;
+#pragma unroll
+            for (int i = 0; i < 4; i++) scores[page][i] = 0.f;
+            if (count > 0) {
+#pragma unroll
+                for (int step = 0; step < STEPS; step++) {
+                    u32 a[4];
+                    load_matrices(a, here + page * PAGE_BYTES + place(k_row, k_part, step));
+                    multiply(scores[page], a, query[2 * step], query[2 * step + 1]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const bool is_key = g + 8 * (i / 2) < count;
+                scores[page][i] = is_key ? scores[page][i] * scale : __int_as_float(0xff800000);
+            }
+            if (count > 0 && count < PAGE) {  // behind the last key stands anything, which no weight of 0 may multiply
+                for (int i = lane; i < (PAGE - count) * (HEAD_DIM / 8); i += 32) {
+                    const u32 line = PAGE + count + i / (HEAD_DIM / 8), piece = i % (HEAD_DIM / 8);
+                    const u32 to = here + page * PAGE_BYTES + (PIECES * line + piece / 8) * 128 + piece % 8 * 16;
+                    asm volatile("st.shared::cta.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+                }
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                __syncwarp();
+            }
+        }
+        float top[2] = {pair.highest[0], pair.highest[1]};
+#pragma unroll
+        for (int page = 0; page < PAGES; page++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) top[i % 2] = fmaxf(top[i % 2], scores[page][i]);
+        }
+        if (__any_sync(~0u, top[0] > pair.highest[0] || top[1] > pair.highest[1])) {
+            float shrink[2];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                top[j] = max_of_column(top[j]);
+                shrink[j] = power_of_two(pair.highest[j] - top[j]);
+                pair.sum[j] *= shrink[j];
+                pair.highest[j] = top[j];
+            }
+#pragma unroll
+            for (int i = 0; i < VALUES; i++) pair.values[i] *= shrink[i % 2];
+        }
+#pragma unroll
+        for (int page = 0; page < PAGES; page++) {
+            if ((keys >> (8 * page) & 255) == 0) continue;
+            float w[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                w[i] = power_of_two(scores[page][i] - pair.highest[i % 2]);
+                pair.sum[i % 2] += w[i];
+            }
+            const u32 b0 = transposed(pack(w[0], w[1])), b1 = transposed(pack(w[2], w[3]));
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                u32 a[4];
+                load_transposed(a, here + page * PAGE_BYTES + place(v_row, v_part, step));
+                multiply(pair.values + 4 * step, a, b0, b1);
+            }
+        }
+        __syncwarp();
+        ask_for_tile();
+        tile++;
+        if (--left == 0) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) pair.sum[j] = sum_of_column(pair.sum[j]);
+            if (whole) write_pair(pair, out + row * out_stride + head * (GROUP * HEAD_DIM));
+            else keep_part();
+            tile = 0;
+            row++;
+            if ((head + 1) * each == at + 1) head++, row = 0;
+        }
+    }
+
+    // Of what is cut only a program's first pair and its last: who comes last to a pair adds its parts up.
+    const int its_row = lane == 0 ? first_row : last_row, its_head = lane == 0 ? first_head : last_head;
+    const int from = its_head * each + starts[its_row], upto = from + starts[its_row + 1] - starts[its_row];
+    const bool another = lane == 0 || (lane == 1 && (last_row != first_row || last_head != first_head));
+    const bool cut = another && (from < begin || upto > end);
+    const long long busy = min(total, PROGRAMS);
+    const int first = (int)(((from + 1) * busy - 1) / total), last = (int)((upto * busy - 1) / total);
+    bool complete = false;
+    __syncwarp();  // every thread's part is written before one thread counts it
+    if (cut) {
+        int arrived;
+        int* count = counts + its_row * KV_HEADS + its_head;
+        asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(arrived) : "l"(count) : "memory");
+        complete = arrived == last - first;
+        if (complete) *count = 0;
+    }
+    __syncwarp();
+    for (int which = 0; which < 2; which++) {
+        if (!__shfl_sync(~0u, complete, which)) continue;
+        const int from_program = __shfl_sync(~0u, first, which), to_program = __shfl_sync(~0u, last, which);
+        pair.highest[0] = pair.highest[1] = NOTHING, pair.sum[0] = pair.sum[1] = 0.f;
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) pair.values[i] = 0.f;
+        for (int other = from_program; other <= to_program; other++) {
+            const int part = other * 2 + (other == from_program);
+            const float4* values = (const float4*)(parts + (long long)part * part_size);
+            // Past the first-level cache: another multiprocessor wrote this during this launch.
+            const float4 stat = __ldcg((const float4*)(stats + part * stat_size + 4 * t));
+            float4 v[VALUES / 4];
+#pragma unroll
+            for (int i = 0; i < VALUES / 4; i++) v[i] = 2 * t < GROUP ? __ldcg(values + 32 * i + lane) : float4{0.f, 0.f, 0.f, 0.f};
+            const float theirs[2] = {stat.x, stat.y}, sums[2] = {stat.z, stat.w};
+            float keep[2], add[2];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float top = fmaxf(pair.highest[j], theirs[j]);
+                keep[j] = power_of_two(pair.highest[j] - top), add[j] = power_of_two(theirs[j] - top);
+                pair.sum[j] = pair.sum[j] * keep[j] + sums[j] * add[j];
+                pair.highest[j] = top;
+            }
+#pragma unroll
+            for (int i = 0; i < VALUES / 4; i++) {
+                const float four[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+#pragma unroll
+                for (int j = 0; j < 4; j++) pair.values[4 * i + j] = pair.values[4 * i + j] * keep[j % 2] + four[j] * add[j % 2];
+            }
+        }
+        write_pair(pair, out + __shfl_sync(~0u, its_row, which) * out_stride + __shfl_sync(~0u, its_head, which) * (GROUP * HEAD_DIM));
+    }
+}
