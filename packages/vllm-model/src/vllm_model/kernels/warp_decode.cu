@@ -111,46 +111,24 @@ struct Pair {
 };
 
 #if RAW
-// A head's dimensions 16 i + 2t + {0, 1, 8, 9}, as the matrix unit wants them.
-struct Head {
-    float d[VALUES];
-};
-
-__device__ __forceinline__ Head widened(const u32 (&from)[2 * STEPS]) {
-    Head x;
-#pragma unroll
-    for (int i = 0; i < 2 * STEPS; i++) x.d[2 * i] = low(from[i]), x.d[2 * i + 1] = high(from[i]);
-    return x;
-}
-
-// Normalised and rotated; a dimension's partner is half a head away, in the same thread.
-__device__ __forceinline__ void finish_head(Head& x, const float* cos_sin, const u16* weight, float eps) {
+// A head's dimensions 8 i + 2t and one more, normalised and rotated: a dimension's partner is half a head away, in the same thread.
+__device__ __forceinline__ void finish_head(u32 (&head)[2 * STEPS], const float* cos_sin, const u16* weight, float eps) {
     const int t = threadIdx.x % 4;
     float squares = 0.f;
 #pragma unroll
-    for (int i = 0; i < VALUES; i++) squares += x.d[i] * x.d[i];
-    const float scale = weight ? rsqrtf(sum_of_head(squares) / HEAD_DIM + eps) : 1.f;
+    for (int i = 0; i < 2 * STEPS; i++) squares += low(head[i]) * low(head[i]) + high(head[i]) * high(head[i]);
+    const float norm = weight ? rsqrtf(sum_of_head(squares) / HEAD_DIM + eps) : 1.f;
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
         const int d = 8 * i + 2 * t;
         const float2 cosine = *(const float2*)(cos_sin + d), sine = *(const float2*)(cos_sin + HEAD_DIM / 2 + d);
-        const u32 near = weight ? *(const u32*)(weight + d) : 0u, far = weight ? *(const u32*)(weight + HEAD_DIM / 2 + d) : 0u;
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            float &first = x.d[2 * i + j], &second = x.d[VALUES / 2 + 2 * i + j];
-            const float a = first * (weight ? (j ? high(near) : low(near)) * scale : 1.f);
-            const float b = second * (weight ? (j ? high(far) : low(far)) * scale : 1.f);
-            const float c = j ? cosine.y : cosine.x, s = j ? sine.y : sine.x;
-            first = a * c - b * s, second = b * c + a * s;
+        float a0 = low(head[i]) * norm, a1 = high(head[i]) * norm, b0 = low(head[STEPS + i]) * norm, b1 = high(head[STEPS + i]) * norm;
+        if (weight) {
+            const u32 near = *(const u32*)(weight + d), far = *(const u32*)(weight + HEAD_DIM / 2 + d);
+            a0 *= low(near), a1 *= high(near), b0 *= low(far), b1 *= high(far);
         }
-    }
-}
-
-__device__ __forceinline__ void rounded(Head& x, u32 (&to)[2 * STEPS]) {
-#pragma unroll
-    for (int i = 0; i < 2 * STEPS; i++) {
-        to[i] = pack(x.d[2 * i], x.d[2 * i + 1]);
-        x.d[2 * i] = low(to[i]), x.d[2 * i + 1] = high(to[i]);
+        head[i] = pack(a0 * cosine.x - b0 * sine.x, a1 * cosine.y - b1 * sine.y);
+        head[STEPS + i] = pack(b0 * cosine.x + a0 * sine.x, b1 * cosine.y + a1 * sine.y);
     }
 }
 #endif
@@ -160,7 +138,7 @@ __device__ __forceinline__ void write_pair(const Pair& pair, u16* out) {
     const int g = threadIdx.x / 4, t = threadIdx.x % 4;
     float factor[2];
 #pragma unroll
-    for (int j = 0; j < 2; j++) factor[j] = pair.sum[j] > 0.f ? 1.f / pair.sum[j] : 1.f;
+    for (int j = 0; j < 2; j++) factor[j] = pair.sum[j] > 0.f ? __fdividef(1.f, pair.sum[j]) : 1.f;
 #pragma unroll
     for (int i = 0; i < 2 * STEPS; i++) {  // from dimension g, heads 2t to head g, dimensions 2t
         const u32 v = transposed(pack(pair.values[2 * i] * factor[0], pair.values[2 * i + 1] * factor[1]));
@@ -198,24 +176,13 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
     u64 read_once;
     asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(read_once));
 
-    // Tiles are asked for in their order, `ahead` of what is computed.
+    // Tiles are asked for in their order, STAGES ahead of what is computed.
     int ask = begin, ask_head = first_head, ask_place = begin - first_head * each;
-    int upcoming[PAGES];  // entries of the tile that is `lane` behind `upcoming_from`
-    int upcoming_from = begin - 32;
-    const auto ask_for_tile = [&]() {
-        if (ask >= end) return;
-        if (ask - upcoming_from >= 32) {
-            upcoming_from = ask;
-            const int at = min(ask + lane, end - 1), its = at % each;
-#pragma unroll
-            for (int i = 0; i < PAGES; i++) upcoming[i] = entries[its * PAGES + i];
-        }
+    const auto ask_for_tile = [&](const int (&entry)[PAGES]) {
         const u32 stage = (ask - begin) % STAGES, to = stages + stage * STAGE_BYTES, bar = full + 8 * stage;
-        int entry[PAGES];
         u32 keys = 0, bytes = 0;
 #pragma unroll
         for (int i = 0; i < PAGES; i++) {
-            entry[i] = __shfl_sync(~0u, upcoming[i], ask - upcoming_from);
             keys |= (entry[i] & 255) << (8 * i);
             bytes += (entry[i] & 255) ? PAGE_BYTES : 0;
         }
@@ -234,6 +201,13 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
         ask++;
         if (++ask_place == each) ask_place = 0, ask_head++;
     };
+    const auto read_entry = [&](int (&entry)[PAGES], int place) {
+#pragma unroll
+        for (int i = 0; i < PAGES; i++) entry[i] = entries[place * PAGES + i];
+    };
+    int next_entry[PAGES], first_entries[PAGES];  // of the tile to be asked for next; a lane's of the first tiles
+    if (begin + lane < min(begin + STAGES, end)) read_entry(first_entries, (begin + lane) % each);
+    if (begin + STAGES < end) read_entry(next_entry, (begin + STAGES) % each);
     if (lane == 0) {
         for (int i = 0; i < STAGES; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * i));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -242,12 +216,43 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
     }
     __syncwarp();
     if (!RAW) wait_for_previous();
-    for (int i = 0; i < STAGES; i++) ask_for_tile();
+#pragma unroll 1
+    for (int i = 0; i < min(STAGES, end - begin); i++) {
+        int entry[PAGES];
+#pragma unroll
+        for (int j = 0; j < PAGES; j++) entry[j] = __shfl_sync(~0u, first_entries[j], i);
+        ask_for_tile(entry);
+    }
+
+    // What a pair begins with is asked for while the one before it runs.
+    int tiles, where, position;
+    u32 coming[2 * STEPS], coming_value[2 * STEPS];
+    const auto fetch_place = [&](int row) {
+        tiles = starts[row + 1] - starts[row];
+        if (RAW) where = newest[2 * row], position = newest[2 * row + 1];
+    };
+    const auto fetch_heads = [&](int row, int head) {
+        const u16* heads = q + row * q_stride + 2 * t;
+        const u16* mine = heads + (g < GROUP ? head * GROUP + g : KV_HEADS * GROUP + head) * HEAD_DIM;  // RAW: the key behind them
+#pragma unroll
+        for (int i = 0; i < 2 * STEPS; i++) {
+            coming[i] = g < GROUP + RAW ? *(const u32*)(mine + 8 * i) : 0u;
+            if (RAW) coming_value[i] = *(const u32*)(heads + (KV_HEADS * (GROUP + 1) + head) * HEAD_DIM + 8 * i);
+        }
+    };
+    const auto fetch_turn = [&]() {  // into the first-level cache
+        if (RAW && lane < HEAD_DIM / 32) asm volatile("prefetch.global.L1 [%0];" ::"l"(cos_sin + (long long)position * HEAD_DIM + 32 * lane));
+    };
+    if (begin < end) {
+        fetch_place(row);
+        fetch_turn();
+    }
     if (RAW) wait_for_previous();  // until here nothing is younger than the plan
     if (begin >= end) return;
+    fetch_heads(row, head);
 
     Pair pair;
-    u32 query[2 * STEPS], coming[2 * STEPS];
+    u32 query[2 * STEPS];
     bool whole = false, starts_here = false;
     int left = 0;
     const auto keep_part = [&]() {
@@ -271,17 +276,6 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
         return line * 128 + ((((step % 4) * 2 + part) ^ (line % 8)) * 16);
     };
 
-    // What a pair begins with is asked for while the one before it runs.
-    int tiles, where, position;
-    const auto fetch = [&](int row, int head) {
-        tiles = starts[row + 1] - starts[row];
-        if (RAW) where = newest[2 * row], position = newest[2 * row + 1];
-        const u16* its = q + row * q_stride + (head * GROUP + g) * HEAD_DIM + 2 * t;
-#pragma unroll
-        for (int i = 0; i < 2 * STEPS; i++) coming[i] = g < GROUP ? *(const u32*)(its + 8 * i) : 0u;
-    };
-    fetch(row, head);
-
     for (int at = begin; at < end; at++) {
         if (left == 0) {
             left = min(tiles - tile, end - at);
@@ -293,33 +287,25 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
             for (int j = 0; j < 2; j++) pair.highest[j] = NOTHING, pair.sum[j] = 0.f;
 #if RAW
             const float* turn = cos_sin + (long long)position * HEAD_DIM;
-            Head mine = widened(coming);
-            finish_head(mine, turn, q_weight, eps);
-            rounded(mine, query);
+            finish_head(coming, turn, g < GROUP ? q_weight : k_weight, eps);
+#pragma unroll
+            for (int i = 0; i < 2 * STEPS; i++) query[i] = g < GROUP ? coming[i] : 0u;
             if (starts_here && where >= 0) {  // no tile has the newest key
-                const u16* key = q + row * q_stride + (KV_HEADS * GROUP + head) * HEAD_DIM;
-                const u16* value = key + KV_HEADS * HEAD_DIM;
-                u16* to = cache + (where / PAGE) * block_stride + (head * 2 * PAGE + where % PAGE) * HEAD_DIM;
-                u32 kept[2 * STEPS];
+                u16* to = cache + (where / PAGE) * block_stride + (head * 2 * PAGE + where % PAGE) * HEAD_DIM + 2 * t;
+                float score = 0.f;  // of head g
 #pragma unroll
-                for (int i = 0; i < 2 * STEPS; i++) kept[i] = *(const u32*)(key + 8 * i + 2 * t);
-                Head newest_key = widened(kept);
-                finish_head(newest_key, turn, k_weight, eps);
-                rounded(newest_key, kept);
-                float score = 0.f;
-#pragma unroll
-                for (int i = 0; i < VALUES; i++) score += mine.d[i] * newest_key.d[i];
-                score = sum_of_head(score) * scale;  // of head g
+                for (int i = 0; i < 2 * STEPS; i++) {
+                    const u32 key = __shfl_sync(~0u, coming[i], 4 * GROUP + t), v = transposed(coming_value[i]);  // from dimensions 2t to g
+                    score += low(query[i]) * low(key) + high(query[i]) * high(key);
+                    pair.values[2 * i] = low(v), pair.values[2 * i + 1] = high(v);
+                    if (g == 0) *(u32*)(to + 8 * i) = key;
+                    if (g == 1) *(u32*)(to + PAGE * HEAD_DIM + 8 * i) = coming_value[i];
+                }
+                score = sum_of_head(score) * scale;
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     pair.highest[j] = __shfl_sync(~0u, score, 4 * (2 * t + j));
                     pair.sum[j] = g == 0 ? 1.f : 0.f;
-                }
-#pragma unroll
-                for (int i = 0; i < 2 * STEPS; i++) {
-                    pair.values[2 * i] = pair.values[2 * i + 1] = low((u32)value[8 * i + g]);
-                    if (g == 0) *(u32*)(to + 8 * i + 2 * t) = kept[i];
-                    if (g == 1) *(u32*)(to + PAGE * HEAD_DIM + 8 * i + 2 * t) = *(const u32*)(value + 8 * i + 2 * t);
                 }
             }
 #else
@@ -327,7 +313,10 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
             for (int i = 0; i < 2 * STEPS; i++) query[i] = coming[i];
 #endif
             const bool is_rows_end = (head + 1) * each == at + left;
-            if (at + left < end) fetch(is_rows_end ? 0 : row + 1, head + is_rows_end);
+            if (at + left < end) {
+                fetch_place(is_rows_end ? 0 : row + 1);
+                fetch_heads(is_rows_end ? 0 : row + 1, head + is_rows_end);
+            }
         }
         const u32 stage = (at - begin) % STAGES, here = stages + stage * STAGE_BYTES;
         barrier_wait(full + 8 * stage, ((at - begin) / STAGES) & 1);
@@ -353,6 +342,7 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
                 scores[page][i] = is_key ? scores[page][i] * scale : __int_as_float(0xff800000);
             }
             if (count > 0 && count < PAGE) {  // behind the last key stands anything, which no weight of 0 may multiply
+#pragma unroll 1
                 for (int i = lane; i < (PAGE - count) * (HEAD_DIM / 8); i += 32) {
                     const u32 line = PAGE + count + i / (HEAD_DIM / 8), piece = i % (HEAD_DIM / 8);
                     const u32 to = here + page * PAGE_BYTES + (PIECES * line + piece / 8) * 128 + piece % 8 * 16;
@@ -398,7 +388,9 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
             }
         }
         __syncwarp();
-        ask_for_tile();
+        if (ask < end) ask_for_tile(next_entry);
+        if (ask < end) read_entry(next_entry, ask_place);
+        if (left == 1) fetch_turn();  // of the next pair
         tile++;
         if (--left == 0) {
 #pragma unroll

@@ -23,13 +23,13 @@ NAME = "warp_decode"
 SOURCE = Path(__file__).with_name("warp_decode.cu")
 PAGE, COLUMNS = 16, 8
 """Keys of a block, and most query heads of a KV head."""
-STAGE_BYTES = 48 << 10
-"""Of shared memory for the tiles that one program has under way: four programs share a multiprocessor."""
+STAGE_BYTES = 192 << 10
+"""Of a multiprocessor's shared memory, for the tiles that its programs have under way."""
 
 
 def stages(plan: DecodePlan) -> int:
     """Tiles that one program has under way."""
-    return min(STAGE_BYTES // (4 * plan.config.tile * plan.head_dim), 8)
+    return min(STAGE_BYTES // (plan.config.programs_per_sm * 4 * plan.config.tile * plan.head_dim), 8)
 
 
 @lru_cache(maxsize=64)
@@ -66,8 +66,8 @@ def suits(q: torch.Tensor, kv_cache: torch.Tensor, plan: DecodePlan, rotary: Rot
     """Whether :func:`launch_warp_decode` can do it, for one query a row."""
     config = plan.config
     shape = q.dtype == kv_cache.dtype and plan.block_size == PAGE and plan.head_dim in (64, 128) and plan.group <= COLUMNS
-    turned = rotary is None or rotary.cos_sin.shape[1] == plan.head_dim
-    tiles = config.tile in (16, 32, 64) and config.programs_per_sm <= 4 and stages(plan) >= 2
+    turned = rotary is None or (rotary.cos_sin.shape[1] == plan.head_dim and plan.group < COLUMNS)
+    tiles = config.tile in (16, 32, 64) and stages(plan) >= 2
     return shape and turned and tiles and q.dtype in (torch.bfloat16, torch.float16) and has_warp_decode(q.device)
 
 
