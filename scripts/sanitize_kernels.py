@@ -22,7 +22,7 @@ RUNS = {
         "-m",
         "gpu",
         "-k",
-        "graph_follows or cluster_linear or (on_the_card and 16-8-128 and not dtype1 and not library)",
+        "graph_follows or cluster_linear or (16-8-128 and not dtype1 and (warp_decode or on_the_card) and not library)",
     ],
 }
 

@@ -54,3 +54,42 @@ def test_a_draft_on_the_device_guesses_what_the_target_says(make_backend: Callab
     together, scheduler = run(make_backend())
     assert together == alone
     assert scheduler.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "special", [{}, {"temperature": 0.0}, {"top_p": 0.8}, {"repetition_penalty": 1.5}, {"logprobs": 2}], ids=str
+)
+def test_prompts_are_graphs_however_they_are_sampled(special: dict[str, Any], make_backend: Callable[..., Any]) -> None:
+    """Kernel by kernel, the host takes longer for a short prompt than the device; the tokens are the same."""
+
+    def run(graphs: bool) -> list[list[int]]:
+        engine = Engine(make_backend(), config=EngineConfig(max_num_seqs=3, max_num_batched_tokens=64, num_blocks=32))
+        steps: Any = engine.target_model.steps
+        if graphs:
+            steps.loose.run = None  # it must not be called
+        else:
+            steps.chunk.size_for = lambda batch: None
+        params = SamplingParams(**{"temperature": 0.9, "seed": 3, "max_tokens": 5, "ignore_eos": True} | special)
+        outputs = [engine.add_request(str(length), list(range(length)), params) for length in (1, 3, 90)]
+        while engine.has_unfinished_requests():
+            engine.step()
+        return [output.outputs[0].token_ids for output in outputs]
+
+    alike = run(graphs=False)
+    assert run(graphs=True) == alike or torch.cuda.is_available()  # where products of other sizes round differently
+
+
+def test_a_long_row_beside_a_prompt_is_not_read_by_a_graphs_few_programs(
+    make_backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_model.cuda.chunk_steps.LONGEST_SINGLE", 20)
+    driver = conformance.Driver(make_backend())
+    loose, runs = driver.backend.steps.loose, []  # type: ignore[attr-defined]
+    monkeypatch.setattr(loose, "run", lambda *args, run=loose.run: (runs.append(1), run(*args))[1])
+    for slot, (length, blocks) in enumerate([(19, [3, 9]), (30, [4, 5]), (60, [6, 7, 8, 10])]):
+        driver.place(slot, list(range(length)), blocks)
+    driver.run([(0, range(18)), (1, range(29))])
+    driver.run([(0, [18]), (2, range(20))])
+    assert not runs
+    driver.run([(1, [29]), (2, range(20, 40))])
+    assert len(runs) == 1

@@ -22,7 +22,6 @@ from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
 from vllm_model.kernels.rms_norm import rms_norm
-from vllm_model.kernels.rotary_decode import Rotary
 from vllm_model.kernels.sampling import SamplerWorkspace, sample
 from vllm_model.kernels.shared_prefix import PrefixWorkspace, attend_prefix, join_prefix
 from vllm_model.kernels.silu_mul import silu_mul
@@ -57,8 +56,6 @@ def attention(head_dim: int, fp8: bool) -> None:
     plan.update(rows, rows, tables)
     paged_decode(q, cache, plan, **scales)
     plan.update(rows, rows, tables, leave_newest=True)
-    rotary = Rotary(torch.zeros(64, head_dim), q[0, 0], q[0, 0])
-    paged_decode(torch.zeros(ROWS, HEADS + 2 * KV_HEADS, head_dim, dtype=q.dtype), cache, plan, rotary=rotary, **scales)
     few = decode_plan.DecodePlan(ROWS, HEADS, KV_HEADS, head_dim, "cpu", max_blocks=4, max_queries=9)
     paged_decode(q, cache, few, queries=8, first_positions=ints[:4], **scales)
     paged_prefill(q, cache, tables, rows, ints, rows, **scales)

@@ -102,8 +102,17 @@ def test_the_plan_is_checked(device: str) -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(16, 8), (32, 2), (7, 7), (5, 1)])
 def test_on_the_card(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, fp8: bool, make_paged: Make, device: str, check: Check
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    fp8: bool,
+    make_paged: Make,
+    device: str,
+    check: Check,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("vllm_model.kernels.paged_decode.suits_warps", lambda *_: False)  # they have tests of their own
     lengths = [1, 0, 15, 16, 17, 63, 64, 65, 300, 1111, 4000, 3, 900]
     run(lengths, heads, kv_heads, head_dim, dtype, make_paged, device, check, fp8=fp8, padding=(8,))
 

@@ -13,6 +13,8 @@ from vllm_traits.batch import Batch
 
 CHUNK_PARTS = (1, 2, 4, 8, 16, 32, 64)
 """The graphs' sizes as parts of the longest step."""
+LONGEST_SINGLE = 16384
+"""Most keys of a row of one token in a graph: in one program a KV head, they take longer than a step kernel by kernel."""
 CHUNK_ROW_FIELDS = 4
 """Of a row that the host sends: slot, start, position, last token."""
 
@@ -55,7 +57,8 @@ class ChunkSteps:
 
     def size_for(self, batch: Batch) -> int | None:
         """Tokens of the graph that runs this step, if there is one."""
-        if (batch.num_draft > 0).any():
+        singles = batch.query_lens == 1
+        if (batch.num_draft > 0).any() or (batch.num_computed[singles] > LONGEST_SINGLE).any():
             return None
         return next((size for size in self._sizes if size in self._graphs and size >= batch.num_tokens), None)
 

@@ -116,7 +116,7 @@ class DecodeSteps:
         self._rows.begin(staged, ints)
         token_ids, positions, slots, seq_lens = ints
         skips = staged[(FIELDS - 1) * size : FIELDS * size] if shared else None
-        raw = size in RAW_ROWS and skips is None
+        raw = size in RAW_ROWS and skips is None and forward.takes_raw(self._plans.of(size))
         plan = self._plans.update(seq_lens, slots, forward.tables, skips, leave_newest=raw)
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:

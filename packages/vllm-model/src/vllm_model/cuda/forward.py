@@ -20,8 +20,8 @@ from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import paged_prefill
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope
 from vllm_model.kernels.rms_norm import rms_norm
-from vllm_model.kernels.rotary_decode import Rotary
 from vllm_model.kernels.shared_prefix import PrefixWorkspace, attend_prefix
+from vllm_model.kernels.warp_decode import Rotary, rotary_decode, suits_warps
 from vllm_model.kv_cache import PagedKvCache
 
 THIN_ROWS = 2
@@ -139,18 +139,15 @@ class Forward:
         scales = cache.k_scales[layer], cache.v_scales[layer]
         return paged_decode(q, cache.layers[layer], plan, lse=lse, k_scale=scales[0], v_scale=scales[1], pdl=self._pdl)
 
+    def takes_raw(self, plan: DecodePlan) -> bool:
+        """Whether :meth:`attend_raw` is there for the steps of a plan."""
+        return suits_warps(plan, self.cache.layers[0], self._decoder.embedding.dtype, self._cos_sin.shape[1])
+
     def attend_raw(self, layer: int, heads: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
         """Attention of rows of one token whose heads are as the product left them; ``plan`` leaves the newest keys out."""
-        cache, weights = self.cache, self._decoder.layers[layer]
-        return paged_decode(
-            heads,
-            cache.layers[layer],
-            plan,
-            rotary=Rotary(self._cos_sin, weights.q_norm, weights.k_norm, self.config.rms_norm_eps),
-            k_scale=cache.k_scales[layer],
-            v_scale=cache.v_scales[layer],
-            pdl=self._pdl,
-        )
+        weights = self._decoder.layers[layer]
+        rotary = Rotary(self._cos_sin, weights.q_norm, weights.k_norm, self.config.rms_norm_eps)
+        return rotary_decode(heads, self.cache.layers[layer], plan, rotary, pdl=self._pdl)
 
     def attend_few(self, layer: int, q: torch.Tensor, plan: DecodePlan, queries: int, starts: torch.Tensor) -> torch.Tensor:
         """``queries`` tokens of each row, the first at ``starts``, int32 ``[rows]``."""

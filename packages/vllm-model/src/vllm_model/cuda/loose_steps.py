@@ -57,7 +57,8 @@ class LooseSteps:
 
         for room in (0, len(tokens)) if forward.has_library else (0,):
             hidden = forward.layers(tokens, tokens, tokens, attend, room=room)
-        self._sampler.draw(forward.logits(hidden[:4]), none, starts[:4], Sampling("filtered"))
+        for kind in ("greedy", "filtered"):
+            self._sampler.draw(forward.logits(hidden[:4]), none, starts[:4], Sampling(kind))
 
     def run_widest(self) -> None:
         """What takes the most memory: the longest step, the most logits at once, and a prompt's scores; nothing is written."""

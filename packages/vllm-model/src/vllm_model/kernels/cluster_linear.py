@@ -85,7 +85,7 @@ def has_clusters(device: torch.device) -> bool:
     """Whether the compiler and the driver's interface are there and understand the program: torch for CUDA brings both."""
     try:
         x = torch.empty(64, 64, dtype=torch.bfloat16, device=device)
-        _matrix(x, *x.shape, 64, 1)
+        _matrix(x, len(x), 64, 64, 1)
         return bool(compiled(NAME, source(ClusterConfig(), x.dtype, False, False, True)))
     except Exception as error:  # not installed, without its library, or of another age: Triton's products do as well
         logger.info("products by clusters are left to Triton: %s", error)

@@ -144,7 +144,7 @@ def default_decode_config(head_dim: int, max_rows: int, device: torch.device) ->
         return DecodeConfig(tile=32 if head_dim <= 128 else 16, programs_per_sm=2)
     if head_dim > 128:
         return DecodeConfig(tile=32, num_stages=4)
-    return DecodeConfig(tile=32, programs_per_sm=4, num_warps=2, num_stages=5) if max_rows > 16 else DecodeConfig()
+    return DecodeConfig(tile=32, programs_per_sm=6, num_warps=2, num_stages=4) if max_rows > 16 else DecodeConfig()
 
 
 class DecodePlan:
@@ -219,7 +219,7 @@ class DecodePlan:
             slots: int32 ``[rows]``; -1: padding, as if its length were 0.
             block_tables: int32 ``[max_slots, max_blocks]``.
             skips: int32 ``[rows]``: leave out that many first keys, whole tiles; for one query a row.
-            leave_newest: Leave each row's last key to whoever begins its pairs, as ``rotary`` of :func:`paged_decode` wants.
+            leave_newest: Leave each row's last key to whoever begins its pairs, as :func:`rotary_decode` wants it.
             pdl: Programmatic dependent launch.
 
         Raises:

@@ -15,8 +15,7 @@ from vllm_model.kernels._launch import launch, launch_options, power_of_two, wai
 from vllm_model.kernels._paged import attention_reference, holds_e4m3, query_group, softmax_scale
 from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.kernels.qk_norm_rope import gather_cache_reference
-from vllm_model.kernels.rotary_decode import Rotary, start_raw_pair
-from vllm_model.kernels.warp_decode import launch_warp_decode, suits
+from vllm_model.kernels.warp_decode import launch_warps, suits_warps
 
 
 @triton.jit
@@ -67,7 +66,7 @@ def _write_pair(
     highest,
     denominator,
     acc,
-    out_stride,
+    q_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     queries,
@@ -78,7 +77,7 @@ def _write_pair(
     result = acc / tl.where(denominator > 0.0, denominator, 1.0)[:, None]
     if FP8:
         result *= tl.load(v_scale_ptr + head)
-    base = row.to(tl.int64) * (queries * out_stride) + head * (GROUP * HEAD_DIM)
+    base = row.to(tl.int64) * (queries * q_stride) + head * (GROUP * HEAD_DIM)
     tl.store(out_ptr + base + io, result.to(out_ptr.dtype.element_ty), mask=io_mask)
     if lse_ptr is not None:
         m = tl.arange(0, M)
@@ -99,7 +98,7 @@ def _add_up(
     v_scale_ptr,
     io,
     io_mask,
-    out_stride,
+    q_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     queries,
@@ -138,7 +137,7 @@ def _add_up(
         highest,
         denominator,
         acc,
-        out_stride,
+        q_stride,
         KV_HEADS,
         GROUP,
         queries,
@@ -150,8 +149,8 @@ def _add_up(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr,  # [rows * queries, KV_HEADS * GROUP, HEAD_DIM]; raw [rows, KV_HEADS * (GROUP + 2), HEAD_DIM]
-    out_ptr,  # [rows * queries, KV_HEADS * GROUP, HEAD_DIM]
+    q_ptr,  # [rows * queries, KV_HEADS * GROUP, HEAD_DIM]
+    out_ptr,  # like q
     cache_ptr,  # [num_blocks, KV_HEADS, 2, BLOCK_SIZE, HEAD_DIM]
     first_ptr,  # [rows]: position of the row's first query, for more than one query
     plan_ptr,  # [PROGRAMS, 16]
@@ -163,14 +162,8 @@ def _decode_kernel(
     lse_ptr,  # float32 [rows * queries, KV_HEADS * GROUP] or None
     k_scale_ptr,  # float32 [KV_HEADS]
     v_scale_ptr,
-    newest_ptr,  # [rows, 2]
-    cos_sin_ptr,  # float32 [max_len, 2 * ROT_HALF]
-    q_weight_ptr,  # [HEAD_DIM] or None
-    k_weight_ptr,
     block_stride,
     q_stride,
-    out_stride,
-    eps,
     softmax_scale,  # times log2(e)
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -179,13 +172,11 @@ def _decode_kernel(
     HEAD_DIM: tl.constexpr,
     D_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    ROT_HALF: tl.constexpr,
     M: tl.constexpr,
     TILE: tl.constexpr,
     UNIT: tl.constexpr,
     PROGRAMS: tl.constexpr,
     STAGES: tl.constexpr,
-    RAW: tl.constexpr,  # heads are as the product left them, and the newest keys are not in the tiles
     FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -208,83 +199,34 @@ def _decode_kernel(
     n = tl.arange(0, TILE)
     io_mask = m_mask[:, None] & (d < HEAD_DIM)[None, :]
     part_io = m[:, None] * D_BLOCK + d[None, :]
-    in_group = ((m % GROUP) * HEAD_DIM)[:, None] + d[None, :]
-    io = (m // GROUP).to(tl.int64)[:, None] * q_stride + in_group
-    out_io = (m // GROUP).to(tl.int64)[:, None] * out_stride + in_group
+    io = (m // GROUP).to(tl.int64)[:, None] * q_stride + ((m % GROUP) * HEAD_DIM)[:, None] + d[None, :]
     per_tile: tl.constexpr = TILE // UNIT
     per_block: tl.constexpr = BLOCK_SIZE // UNIT
-    if not RAW:  # noqa: SIM114  a constant and a number
-        wait_for_previous(PDL)
-    elif begin == end:
-        wait_for_previous(PDL)
+    wait_for_previous(PDL)
 
     if begin < end:
         starts_here = tile == 0
-        if RAW:  # its first pair starts in the loop, so that keys are asked for before the product is there
-            left = 0
-            whole = False
-            q = tl.zeros([M, D_BLOCK], tl.float16 if FP8 else q_ptr.dtype.element_ty)
-            bound = tl.zeros([M], tl.int32)
-            highest = tl.zeros([M], tl.float32)
-            denominator = tl.zeros([M], tl.float32)
-            acc = tl.zeros([M, D_BLOCK], tl.float32)
-        else:
-            left, whole, q, bound, highest, denominator, acc = _start_pair(
-                q_ptr,
-                first_ptr,
-                starts_ptr,
-                io,
-                io_mask,
-                row,
-                head,
-                tile,
-                end - begin,
-                q_stride,
-                GROUP,
-                queries,
-                MANY,
-                HEAD_DIM,
-                D_BLOCK,
-                M,
-                FP8,
-            )
+        left, whole, q, bound, highest, denominator, acc = _start_pair(
+            q_ptr,
+            first_ptr,
+            starts_ptr,
+            io,
+            io_mask,
+            row,
+            head,
+            tile,
+            end - begin,
+            q_stride,
+            GROUP,
+            queries,
+            MANY,
+            HEAD_DIM,
+            D_BLOCK,
+            M,
+            FP8,
+        )
         # One loop over tiles of all pairs, so that loads of the next pair are under way while one ends.
         for at in tl.range(begin, end, num_stages=STAGES):
-            if RAW:  # noqa: SIM102  a constant and a number
-                if left == 0:
-                    starts_here = tile == 0
-                    left, whole, q, highest, denominator, acc = start_raw_pair(
-                        q_ptr,
-                        cache_ptr,
-                        starts_ptr,
-                        newest_ptr,
-                        cos_sin_ptr,
-                        q_weight_ptr,
-                        k_weight_ptr,
-                        k_scale_ptr,
-                        v_scale_ptr,
-                        io,
-                        io_mask,
-                        row,
-                        head,
-                        tile,
-                        end - at,
-                        at == begin,
-                        block_stride,
-                        q_stride,
-                        eps,
-                        softmax_scale,
-                        KV_HEADS,
-                        GROUP,
-                        HEAD_DIM,
-                        D_BLOCK,
-                        BLOCK_SIZE,
-                        ROT_HALF,
-                        M,
-                        q_weight_ptr is not None,
-                        FP8,
-                        PDL,
-                    )
             its_head = at // each
             entry = tl.load(entries_ptr + (at - its_head * each) * per_tile + n // UNIT)
             place = entry >> 8
@@ -323,14 +265,14 @@ def _decode_kernel(
                         out_ptr,
                         lse_ptr,
                         v_scale_ptr,
-                        out_io,
+                        io,
                         io_mask,
                         row,
                         head,
                         highest,
                         denominator,
                         acc,
-                        out_stride,
+                        q_stride,
                         KV_HEADS,
                         GROUP,
                         queries,
@@ -350,27 +292,26 @@ def _decode_kernel(
                         head += 1
                         row = 0
                     tile = 0
-                    if not RAW:
-                        starts_here = True
-                        left, whole, q, bound, highest, denominator, acc = _start_pair(
-                            q_ptr,
-                            first_ptr,
-                            starts_ptr,
-                            io,
-                            io_mask,
-                            row,
-                            head,
-                            0,
-                            end - at - 1,
-                            q_stride,
-                            GROUP,
-                            queries,
-                            MANY,
-                            HEAD_DIM,
-                            D_BLOCK,
-                            M,
-                            FP8,
-                        )
+                    starts_here = True
+                    left, whole, q, bound, highest, denominator, acc = _start_pair(
+                        q_ptr,
+                        first_ptr,
+                        starts_ptr,
+                        io,
+                        io_mask,
+                        row,
+                        head,
+                        0,
+                        end - at - 1,
+                        q_stride,
+                        GROUP,
+                        queries,
+                        MANY,
+                        HEAD_DIM,
+                        D_BLOCK,
+                        M,
+                        FP8,
+                    )
         # Of what is cut only a program's first pair and its last: who comes last to a pair adds its parts up.
         which = tl.arange(0, 2)
         rows = tl.where(which == 0, first_row, last_row)
@@ -400,9 +341,9 @@ def _decode_kernel(
                     stats_ptr,
                     lse_ptr,
                     v_scale_ptr,
-                    out_io,
+                    io,
                     io_mask,
-                    out_stride,
+                    q_stride,
                     KV_HEADS,
                     GROUP,
                     queries,
@@ -421,7 +362,6 @@ def paged_decode(
     queries: int = 1,
     first_positions: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
-    rotary: Rotary | None = None,
     scale: float | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
@@ -431,22 +371,19 @@ def paged_decode(
     """Attention of each row's newest tokens over its whole sequence. ``plan.update`` must have seen these rows.
 
     Args:
-        q: ``[rows * queries, num_heads, head_dim]`` bf16 or fp16, contiguous heads: ``queries`` tokens of every row. With
-            ``rotary`` ``[rows, num_heads + 2 * num_kv_heads, head_dim]``: query, key and value heads as the product gave them.
+        q: ``[rows * queries, num_heads, head_dim]`` bf16 or fp16, contiguous heads: ``queries`` tokens of every row.
         kv_cache: ``[num_blocks, num_kv_heads, 2, block_size, head_dim]``, each block contiguous; the type of ``q`` or e4m3.
-            Holds this step's keys and values already; with ``rotary`` they are written.
+            Holds this step's keys and values already.
         plan: The cut of this step.
         queries: Query tokens of each row.
         first_positions: int32 ``[rows]``, for more than one query: query ``j`` of a row sees the keys up to position
             ``first + j``, as far as the row has them.
         lse: float32 ``[rows * queries, num_heads]``: the binary logarithm of each softmax's sum, to be written.
-        rotary: What finishes queries and keys, for one query a row and a plan that leaves the newest key out.
         scale: Of the products; ``head_dim ** -0.5`` when None.
         k_scale: float32 ``[num_kv_heads]``, for an e4m3 cache.
         v_scale: float32 ``[num_kv_heads]``, likewise.
-        out: ``[rows * queries, num_heads, head_dim]``, contiguous heads; a new tensor when None.
-        pdl: Programmatic dependent launch; the plan must then be at least two launches old, and with ``rotary`` what the cache
-            holds too.
+        out: Like ``q`` and with its strides; a new tensor when None.
+        pdl: Programmatic dependent launch; the plan must then be at least two launches old.
 
     Returns:
         ``[rows * queries, num_heads, head_dim]``. Rows of length 0 or slot -1 are zeros.
@@ -456,29 +393,27 @@ def paged_decode(
     """
     rows = len(q) // queries
     fp8 = holds_e4m3(kv_cache, k_scale, v_scale)
-    head_dim, raw = q.shape[2], rotary is not None
+    head_dim = q.shape[2]
     if (
         rows > plan.max_rows
         or len(q) != rows * queries
-        or queries > (1 if raw else plan.max_queries)
-        or plan.leaves_newest != raw
-        or (rotary is not None and (rotary.cos_sin.shape[1] > head_dim or rotary.cos_sin.shape[1] % 2))
+        or queries > plan.max_queries
+        or plan.leaves_newest
         or (queries > 1 and first_positions is None)
-        or tuple(q.shape[1:]) != (plan.num_heads + (2 * plan.num_kv_heads if raw else 0), plan.head_dim)
-        or query_group(q[:, : plan.num_heads], kv_cache) != plan.group
+        or tuple(q.shape[1:]) != (plan.num_heads, plan.head_dim)
+        or query_group(q, kv_cache) != plan.group
         or kv_cache.shape[3] != plan.block_size
     ):
         raise ValueError(f"q {tuple(q.shape)} with {queries} queries a row does not fit the plan")
     if out is None:
-        out = with_room(q, len(q), plan.num_heads, head_dim)
-    if out.shape != (len(q), plan.num_heads, head_dim) or out.stride()[1:] != (head_dim, 1):
-        raise ValueError(f"out {tuple(out.shape)} with strides {out.stride()} does not fit q {tuple(q.shape)}")
+        out = with_room(q, *q.shape)
     if not rows:
         return out
-    if queries == 1 and lse is None and not fp8 and suits(q, kv_cache, plan, rotary):
-        launch_warp_decode(q, kv_cache, plan, rotary, out, softmax_scale(head_dim, scale), pdl=pdl)
+    if out.stride() != q.stride():
+        raise ValueError(f"q has strides {q.stride()}, out {out.stride()}")
+    if queries == 1 and lse is None and suits_warps(plan, kv_cache, q.dtype):
+        launch_warps(q, kv_cache, plan, out, softmax_scale(head_dim, scale), pdl=pdl)
         return out
-    turned = (rotary.cos_sin, rotary.q_weight, rotary.k_weight) if rotary else (None, None, None)
     config, m = plan.config, max(16, power_of_two(queries * plan.group))
     launch(
         _decode_kernel,
@@ -496,12 +431,8 @@ def paged_decode(
         lse,
         k_scale,
         v_scale,
-        plan.newest,
-        *turned,
         kv_cache.stride(0),
         q.stride(0),
-        out.stride(0),
-        rotary.eps if rotary else 0.0,
         softmax_scale(head_dim, scale),
         KV_HEADS=plan.num_kv_heads,
         GROUP=plan.group,
@@ -510,13 +441,11 @@ def paged_decode(
         HEAD_DIM=head_dim,
         D_BLOCK=power_of_two(head_dim),
         BLOCK_SIZE=plan.block_size,
-        ROT_HALF=rotary.cos_sin.shape[1] // 2 if rotary else 0,
         M=m,
         TILE=config.tile,
         UNIT=plan.unit,
         PROGRAMS=plan.programs,
         STAGES=config.num_stages,
-        RAW=raw,
         FP8=fp8,
         PDL=pdl,
         num_warps=max(config.num_warps, m // 16),

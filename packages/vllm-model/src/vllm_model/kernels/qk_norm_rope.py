@@ -17,13 +17,10 @@ FP8_MAX = 448.0
 
 
 @triton.jit
-def store_cache(cache_ptr, offsets, value, inverse_scale, mask, FP8: tl.constexpr):
-    """Write to the cache; what it holds then, in float32."""
+def _store_cache(cache_ptr, offsets, value, inverse_scale, mask, FP8: tl.constexpr):
     if FP8:
         value = tl.minimum(tl.maximum(value * inverse_scale, -448.0), 448.0)
-    kept = value.to(cache_ptr.dtype.element_ty)
-    tl.store(cache_ptr + offsets, kept, mask=mask)
-    return kept.to(tl.float32)
+    tl.store(cache_ptr + offsets, value.to(cache_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -128,12 +125,12 @@ def _qk_norm_rope_kernel(
             inverse_scale = (1.0 / (k_scale * v_scale))[:, None]  # one of the two is 1
         kv_base = page * block_stride + ((kv_head * 2 + which) * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
         kv_mask = half_mask & is_kv[:, None]
-        store_cache(cache_ptr, kv_base[:, None] + half[None, :], turned_first, inverse_scale, kv_mask, FP8)
-        store_cache(cache_ptr, kv_base[:, None] + ROT_HALF + half[None, :], turned_second, inverse_scale, kv_mask, FP8)
+        _store_cache(cache_ptr, kv_base[:, None] + half[None, :], turned_first, inverse_scale, kv_mask, FP8)
+        _store_cache(cache_ptr, kv_base[:, None] + ROT_HALF + half[None, :], turned_second, inverse_scale, kv_mask, FP8)
         if REST > 0:
             tl.store(q_out_ptr + q_base + 2 * ROT_HALF + rest[None, :], tail.to(q_type), mask=rest_mask & is_q[:, None])
             kv_rest = kv_base[:, None] + 2 * ROT_HALF + rest[None, :]
-            store_cache(cache_ptr, kv_rest, tail, inverse_scale, rest_mask & is_kv[:, None], FP8)
+            _store_cache(cache_ptr, kv_rest, tail, inverse_scale, rest_mask & is_kv[:, None], FP8)
 
 
 def qk_norm_rope(
