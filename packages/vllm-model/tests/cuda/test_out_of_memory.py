@@ -47,11 +47,11 @@ def test_a_step_that_finds_no_memory_costs_nobody_a_token(
     backend = make_backend()
     seen = []
 
-    def fail_once(self: Any, *args: Any) -> Any:
+    def fail_once(self: Any, *args: Any, **options: Any) -> Any:
         seen.append(len(seen))
         if len(seen) == failing:
             raise torch.OutOfMemoryError("injected")
-        return real(self, *args)
+        return real(self, *args, **options)
 
     from vllm_model.cuda.finish import Finisher
 

@@ -26,8 +26,8 @@ more, each for several.
 """
 FIELDS = 6
 """Of a row that the host sends: the five of :meth:`DeviceRows.stage`, and how much of it is shared."""
-LEADER = 4
-"""Behind the rows: a slot with the shared prefix, its length, and room."""
+TAIL = 4
+"""Behind the rows: a slot with the shared prefix, its length, the place of the ring for the tokens, and room."""
 
 
 class DecodeSteps:
@@ -36,9 +36,19 @@ class DecodeSteps:
     Args:
         device: Where.
         forward, rows, sampler, plans: What the steps are made of.
+        ring: int32 ``[places, room]`` in the host's memory, where they write their tokens.
     """
 
-    def __init__(self, device: Device, forward: Forward, rows: DeviceRows, sampler: DeviceSampler, plans: DecodePlans) -> None:
+    def __init__(
+        self,
+        device: Device,
+        forward: Forward,
+        rows: DeviceRows,
+        sampler: DeviceSampler,
+        plans: DecodePlans,
+        ring: torch.Tensor,
+    ) -> None:
+        self._ring = ring
         self._device, self._forward, self._rows, self._sampler, self._plans = device, forward, rows, sampler, plans
         config, most = forward.config, rows.max_num_seqs
         self.sizes = [*(size for size in GRAPH_SIZES if size < most), most]
@@ -47,7 +57,7 @@ class DecodeSteps:
         self.prefixes = SharedPrefixes()
         self._can_share = plans.of(most).config.tile <= PREFIX_TILE
         self._prefix_workspace = PrefixWorkspace(most, config.num_heads, config.head_dim, device.device)
-        self._staging = [device.pinned(FIELDS * most + LEADER) for _ in range(RING)]
+        self._staging = [device.pinned(FIELDS * most + TAIL) for _ in range(RING)]
         self._turn = 0
 
     def compile(self) -> None:
@@ -71,8 +81,8 @@ class DecodeSteps:
         """Some that take only what every graph does, to be measured after the widest."""
         return [self._capture(self.sizes[0], Sampling(), False) for _ in range(LEAST_GRAPHS)]
 
-    def run(self, batch: Batch, mode: Sampling) -> torch.Tensor:
-        """Start a step: what :meth:`DeviceSampler.keep` returns."""
+    def run(self, batch: Batch, mode: Sampling, place: int | None) -> torch.Tensor:
+        """Start a step: what :meth:`DeviceSampler.keep` returns; the tokens also go to this place of the ring, if given."""
         size = next(size for size in self.sizes if size >= batch.num_rows)
         prefix = self.prefixes.of(batch) if self._can_share else None
         if prefix is not None:  # few sizes, since each is captured on demand
@@ -81,26 +91,28 @@ class DecodeSteps:
         found = self.graphs.get(key)
         if found is None:
             found = self.graphs[key] = self._capture(*key)
-        found.staged.copy_(self._stage(batch, size, prefix), non_blocking=True)
+        found.staged.copy_(self._stage(batch, size, prefix, place), non_blocking=True)
         return found.replay()
 
-    def _stage(self, batch: Batch, size: int, prefix: SharedPrefix | None) -> torch.Tensor:
-        """What a step sends: pinned int32 ``[FIELDS * size + LEADER]``."""
+    def _stage(self, batch: Batch, size: int, prefix: SharedPrefix | None, place: int | None) -> torch.Tensor:
+        """What a step sends: pinned int32 ``[FIELDS * size + TAIL]``."""
         self._turn += 1
-        pinned = self._staging[self._turn % RING][: FIELDS * size + LEADER]
+        pinned = self._staging[self._turn % RING][: FIELDS * size + TAIL]
         ints = pinned.numpy()
         staged = ints[: FIELDS * size].reshape(FIELDS, size)
+        shared = (0, 0)
         if prefix is not None:
             staged[5] = 0
             staged[5, : batch.num_rows] = prefix.members * prefix.length
-            ints[FIELDS * size :] = prefix.leader, prefix.length, 0, 0
+            shared = prefix.leader, prefix.length
+        ints[FIELDS * size :] = *shared, -1 if place is None else place, 0
         self._rows.stage(batch, staged)
         return pinned
 
     def _empty(self, size: int) -> torch.Tensor:
         """Staged rows that touch nothing."""
-        staged = torch.full((FIELDS * size + LEADER,), -1, dtype=torch.int32, device=self._device.device)
-        staged[(FIELDS - 1) * size :] = 0
+        staged = torch.full((FIELDS * size + TAIL,), -1, dtype=torch.int32, device=self._device.device)
+        staged[(FIELDS - 1) * size : -2] = 0  # the place of the ring stays none
         return staged
 
     def _capture(self, size: int, mode: Sampling, shared: bool) -> Graph:
@@ -132,4 +144,5 @@ class DecodeSteps:
         hidden = forward.layers(token_ids, positions, slots, attend, raw=raw)
         logits = forward.logits(hidden)
         tokens = self._sampler.draw(logits, slots, seq_lens, mode)
-        return self._sampler.keep(logits, tokens, slots, mode)
+        place = staged[FIELDS * size + 2 : FIELDS * size + 3]
+        return self._sampler.keep(logits, tokens, slots, mode, self._ring, place)

@@ -76,14 +76,22 @@ class DeviceSampler:
             pdl=self._pdl,
         )
 
-    def keep(self, logits: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor, mode: Sampling) -> torch.Tensor:
-        """Make what was drawn each slot's last token, at most one a slot.
+    def keep(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        mode: Sampling,
+        ring: torch.Tensor | None = None,
+        place: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Make what was drawn each slot's last token, at most one a slot; ``ring`` and ``place`` as of :meth:`DeviceRows.keep`.
 
         Returns:
             ``tokens``; if the step reports, int32 ``[rows, 3 + 2 * MAX_LOGPROBS]``: token, its log-probability, its rank, the
             log-probabilities of the most likely tokens and these; what is float32 in its bits.
         """
-        self._rows.keep(tokens, slots)
+        self._rows.keep(tokens, slots, ring, place)
         if mode.adjusts:
             self._logits_rows.count(tokens, slots)
         if not mode.reports:

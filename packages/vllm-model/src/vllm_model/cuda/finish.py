@@ -72,22 +72,42 @@ def _report(read: npt.NDArray[np.int32], num: int) -> TokenLogprobs:
 
 
 class Finisher:
-    """Starts the copy of a step's tokens to the host.
+    """Where the tokens of steps come back to.
 
     Args:
         device: Where they are.
         rows: Of the steps.
         room: Most tokens of a step.
+
+    Attributes:
+        ring: int32 ``[places, room]`` in the host's memory, which the device writes by itself.
     """
 
     def __init__(self, device: Device, rows: DeviceRows, room: int) -> None:
         self._device, self._rows = device, rows
-        self._ring = [device.pinned(room) for _ in range(RING)]
+        self.ring = device.pinned(RING * room).view(RING, room)
         self._turn = 0
 
-    def finish(self, batch: Batch, tokens: torch.Tensor, num_logprobs: Mapping[int, int] | None = None) -> RunningStep:
-        """The step that has these tokens, int32 ``[rows or more, ...]``, or what :meth:`DeviceSampler.keep` made of them."""
-        ring, width = self._ring[self._turn % RING], tokens.numel() // len(tokens)
+    def next_place(self) -> int:
+        """Of the ring, for a step's tokens."""
         self._turn += 1
-        ring[: batch.num_rows * width].copy_(tokens[: batch.num_rows].flatten(), non_blocking=True)
+        return self._turn % RING
+
+    def finish(
+        self,
+        batch: Batch,
+        tokens: torch.Tensor,
+        num_logprobs: Mapping[int, int] | None = None,
+        *,
+        place: int | None = None,
+    ) -> RunningStep:
+        """The step that has these tokens, int32 ``[rows or more, ...]``, or what :meth:`DeviceSampler.keep` made of them.
+
+        Args:
+            place: Where the step itself writes its tokens; None: they are copied.
+        """
+        width = tokens.numel() // len(tokens)
+        ring = self.ring[self.next_place() if place is None else place]
+        if place is None:
+            ring[: batch.num_rows * width].copy_(tokens[: batch.num_rows].flatten(), non_blocking=True)
         return RunningStep(ring, self._device.mark(), batch, width, self._rows, num_logprobs)

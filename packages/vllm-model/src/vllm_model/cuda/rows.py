@@ -31,11 +31,15 @@ def _begin_kernel(staged, tables, last_token, token_ids, positions, slots, seq_l
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _keep_kernel(tokens, slots, last_token, rows, B: tl.constexpr):  # noqa: N803
-    """``last_token[slots] = tokens``, but for slot -1."""
+def _keep_kernel(tokens, slots, last_token, ring, place, ring_stride, rows, B: tl.constexpr):  # noqa: N803
+    """``last_token[slots] = tokens``, but for slot -1; and ``ring[place] = tokens``, but for place -1."""
     i = tl.arange(0, B)
     slot = tl.load(slots + i, mask=i < rows, other=-1)
-    tl.store(last_token + slot, tl.load(tokens + i, mask=i < rows, other=0), mask=slot >= 0)
+    token = tl.load(tokens + i, mask=i < rows, other=0)
+    tl.store(last_token + slot, token, mask=slot >= 0)
+    if ring is not None:
+        where = tl.load(place)
+        tl.store(ring + where * ring_stride + i, token, mask=(i < rows) & (where >= 0))
 
 
 class DeviceRows:
@@ -145,9 +149,18 @@ class DeviceRows:
             B=self._rows_block,
         )
 
-    def keep(self, tokens: torch.Tensor, slots: torch.Tensor) -> None:
-        """Each slot's last token, for the next step; slot -1 is none."""
-        launch(_keep_kernel, (1,), tokens, slots, self.last_token, len(slots), B=self._rows_block)
+    def keep(
+        self, tokens: torch.Tensor, slots: torch.Tensor, ring: torch.Tensor | None = None, place: torch.Tensor | None = None
+    ) -> None:
+        """Each slot's last token, for the next step; slot -1 is none.
+
+        Args:
+            tokens, slots: int32 ``[rows]``.
+            ring: int32 ``[places, room]`` in the host's memory: they are written there too.
+            place: int32 ``[1]``, where in it; -1: nowhere.
+        """
+        stride = 0 if ring is None else ring.stride(0)
+        launch(_keep_kernel, (1,), tokens, slots, self.last_token, ring, place, stride, len(slots), B=self._rows_block)
 
 
 def sampling_mode(state: BatchState, slots: npt.NDArray[np.int32]) -> str:

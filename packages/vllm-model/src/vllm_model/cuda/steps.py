@@ -60,11 +60,11 @@ class Steps:
         self._sampler = sampler = DeviceSampler(device, rows, logits_rows, most_logits)
         self._forward = forward = Forward(device, decoder, cache, rows.tables)
         plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size, 1 + MAX_DRAFT_TOKENS)
-        self.decode = DecodeSteps(device, forward, rows, sampler, plans)
+        self._finisher = Finisher(device, rows, max_num_seqs * max(1 + MAX_DRAFT_TOKENS, 3 + 2 * MAX_LOGPROBS))
+        self.decode = DecodeSteps(device, forward, rows, sampler, plans, self._finisher.ring)
         self.short = ShortSteps(device, forward, rows, sampler, plans)
         self.chunk = ChunkSteps(device, forward, rows, max_num_batched_tokens)
         self.loose = LooseSteps(device, forward, rows, sampler, plans, max_num_batched_tokens)
-        self._finisher = Finisher(device, rows, max_num_seqs * max(1 + MAX_DRAFT_TOKENS, 3 + 2 * MAX_LOGPROBS))
 
     def compile(self) -> None:
         """Compile what steps launch; what only guesses need may come later."""
@@ -110,7 +110,8 @@ class Steps:
             wanted = self._logits_rows.num_logprobs[batch.slots]
             num_logprobs = {row: int(wanted[row]) for row in np.flatnonzero((wanted >= 0) & batch.sample).tolist()}
         if batch.num_tokens == batch.num_rows:  # so there are no guesses
-            return finish(batch, self.decode.run(batch, mode), num_logprobs)
+            place = None if mode.reports else self._finisher.next_place()
+            return finish(batch, self.decode.run(batch, mode, place), num_logprobs, place=place)
         shape = self.short.shape_for(batch)
         if shape is not None and not mode.reports and not self._logits_rows.are_penalised(batch):
             return finish(batch, self.short.run(batch, shape, mode))
