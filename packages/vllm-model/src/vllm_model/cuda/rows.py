@@ -39,7 +39,7 @@ def _keep_kernel(tokens, slots, last_token, ring, place, ring_stride, rows, B: t
     tl.store(last_token + slot, token, mask=slot >= 0)
     if ring is not None:
         where = tl.load(place)
-        tl.store(ring + where * ring_stride + i, token, mask=(i < rows) & (where >= 0))
+        tl.store(ring + where * ring_stride + i, token, mask=i < tl.where(where >= 0, rows, 0))
 
 
 class DeviceRows:
