@@ -36,7 +36,7 @@ def test_a_backend_runs_with_what_was_kept(
 
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     tuned._read.cache_clear()
-    decode, prefill, thin = (16, 4, 4, 4), (64, 32, 4, 2), (4, 256, 1)
+    decode, prefill, thin = (16, 4, 4, 4), (64, 64, 4, 2), (4, 256, 1)
     for name, shape in (("DECODE", decode), ("PREFILL", prefill), ("THIN", thin)):
         monkeypatch.setattr(tuning, name, [shape])
     measure = tuning.measure

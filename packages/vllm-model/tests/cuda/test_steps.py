@@ -75,8 +75,10 @@ def test_prompts_are_graphs_however_they_are_sampled(special: dict[str, Any], ma
             engine.step()
         return [output.outputs[0].token_ids for output in outputs]
 
-    alike = run(graphs=False)
-    assert run(graphs=True) == alike or torch.cuda.is_available()  # where products of other sizes round differently
+    tokens, others = run(graphs=True), run(graphs=False)
+    assert [len(each) for each in tokens] == [5, 5, 5]
+    if not torch.cuda.is_available():  # where products of other sizes round differently
+        assert tokens == others
 
 
 def test_a_long_row_beside_a_prompt_is_not_read_by_a_graphs_few_programs(

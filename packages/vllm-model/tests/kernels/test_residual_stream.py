@@ -11,11 +11,17 @@ from vllm_model.kernels.linear import LinearConfig, LinearWorkspace
 OURS = LinearConfig(16, 16, 16, num_stages=2)
 
 
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("choice", list(itertools.product([None, OURS], repeat=4)))
 def test_every_choice_gives_the_same_layer(
-    choice: tuple[LinearConfig | None, ...], device: str, check: Callable[..., None]
+    choice: tuple[LinearConfig | None, ...],
+    adds: bool,
+    device: str,
+    check: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two products that read the stream and two that add to it, each by the library or our own, against float64."""
+    monkeypatch.setattr("vllm_model.cuda.residual_stream.ADDING_ROWS", 1 if adds else 6)
     dtype = torch.bfloat16 if device == "cuda" else torch.float16
     rows, width, inner = 5, 48, 32
 

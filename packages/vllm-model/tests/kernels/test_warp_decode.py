@@ -14,7 +14,13 @@ from vllm_model.kernels.warp_decode import Rotary, has_warps, rotary_decode, sta
 Check = Callable[..., None]
 Make = Callable[..., Any]
 HOPPER = torch.cuda.is_available() and has_warps(torch.device("cuda", torch.cuda.current_device()))
-SHAPES = [None, DecodeConfig(16, 4), DecodeConfig(32, 1), DecodeConfig(64, 2)]
+SHAPES = [None, DecodeConfig(16, 4), DecodeConfig(32, 1), DecodeConfig(32, 3)]
+
+
+def check_each(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Each head of each row by itself: of the whole, short rows are nearly all, since long ones average their values away."""
+    error = (got.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+    assert error.max() <= 5e-2
 
 
 def test_a_plan_leaves_the_newest_keys_out(make_paged: Make, device: str) -> None:
@@ -92,7 +98,9 @@ class TestOnTheCard:
             check(written, exact[page, :, :, place], 4e-3)
             seen = exact.clone()
             seen[page, :, :, place] = written
-            check(out, paged_decode_reference(q, seen, paged.tables, paged.slots, lens), 1e-2)
+            expected = paged_decode_reference(q, seen, paged.tables, paged.slots, lens)
+            check(out, expected, 1e-2)
+            check_each(out, expected)
             assert given.equal(qkv)
             assert not plan.counts.any()
         others = ~torch.isnan(paged.exact)
@@ -147,6 +155,7 @@ class TestOnTheCard:
         for pdl in (False, True):
             out = torch.full_like(q, float("nan"))
             check(paged_decode(q, paged.cache, plan, out=out, pdl=pdl), expected, 1e-2)
+            check_each(out, expected)
             assert not plan.counts.any()
         lse = torch.empty(len(lengths), heads, device="cuda")  # Triton's, with the same plan
         check(paged_decode(q, paged.cache, plan, lse=lse), expected, 1e-2)

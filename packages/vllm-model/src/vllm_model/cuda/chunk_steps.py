@@ -13,6 +13,8 @@ from vllm_traits.batch import Batch
 
 CHUNK_PARTS = (1, 2, 4, 8, 16, 32, 64)
 """The graphs' sizes as parts of the longest step."""
+MANY_TOKENS = 512
+"""From here on all products are the library's."""
 LONGEST_SINGLE = 16384
 """Most keys of a row of one token in a graph: in one program a KV head, they take longer than a step kernel by kernel."""
 CHUNK_ROW_FIELDS = 4
@@ -40,6 +42,12 @@ class ChunkSteps:
         room = 3 * max_num_batched_tokens + CHUNK_ROW_FIELDS * self._row_room
         self._staging = [device.pinned(room) for _ in range(RING)]
         self._turn = 0
+
+    def compile(self) -> None:
+        """Launch what the short ones need, for :meth:`Device.compile`; the others are as any long step."""
+        for size in self._sizes:
+            if THIN_ROWS < size < MANY_TOKENS:
+                self._run(self._empty(size), size, as_prompt=False)
 
     def capture_all(self) -> None:
         """The graphs of all sizes, the largest first."""
@@ -84,21 +92,26 @@ class ChunkSteps:
         return graph.replay()[:n]
 
     def _capture(self, size: int, *, as_prompt: bool) -> Graph:
+        staged = self._empty(size)
+        return self._device.capture(staged, lambda: self._run(staged, size, as_prompt=as_prompt))
+
+    def _empty(self, size: int) -> torch.Tensor:
+        """Staged tokens and rows that touch nothing."""
+        staged = torch.zeros(3 * size + CHUNK_ROW_FIELDS * self._row_room, dtype=torch.int32, device=self._device.device)
+        staged[2 * size : 3 * size + self._row_room] = -1
+        return staged
+
+    def _run(self, staged: torch.Tensor, size: int, *, as_prompt: bool) -> torch.Tensor:
         """A step of up to ``size`` tokens of any rows, or of that many of one prompt from its beginning."""
-        forward, room, most = self._forward, self._row_room, self._rows.max_num_seqs
-        staged = torch.zeros(3 * size + CHUNK_ROW_FIELDS * room, dtype=torch.int32, device=self._device.device)
-        tokens, rows = staged[: 3 * size].view(3, size), staged[3 * size :].view(CHUNK_ROW_FIELDS, room)
-        tokens[2], rows[0] = -1, -1  # nothing is written
+        forward, most = self._forward, self._rows.max_num_seqs
+        tokens, rows = staged[: 3 * size].view(3, size), staged[3 * size :].view(CHUNK_ROW_FIELDS, -1)
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
             if as_prompt:
                 return forward.attend_prompt(q, qkv, 0, size)
             return forward.attend_chunks(layer, q, rows[0, :most], rows[1, : most + 1], rows[2, :most])
 
-        def run() -> torch.Tensor:
-            last = self._rows.last_token[tokens[2].clamp(min=0)]
-            token_ids = torch.where(tokens[0] < 0, last, tokens[0])
-            keep = rows[3, : min(most, size)].long()
-            return forward.layers(token_ids, tokens[1], tokens[2], attend, keep, room=size if as_prompt else 0)
-
-        return self._device.capture(staged, run)
+        last = self._rows.last_token[tokens[2].clamp(min=0)]
+        token_ids = torch.where(tokens[0] < 0, last, tokens[0])
+        keep = rows[3, : min(most, size)].long()
+        return forward.layers(token_ids, tokens[1], tokens[2], attend, keep, room=size if as_prompt else 0)

@@ -5,6 +5,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_model.cuda.chunk_steps import MANY_TOKENS
 from vllm_model.cuda.device import Device
 from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.forward import Forward
@@ -17,9 +18,6 @@ from vllm_model.verifier import Indices, SampledEntries, accept_guesses, guess_t
 from vllm_traits.backend import CompletedStep
 from vllm_traits.batch import Batch
 from vllm_traits.sampling_params import MAX_LOGPROBS
-
-MANY_TOKENS = 512
-"""From here on all products are the library's."""
 
 
 class LooseSteps:
@@ -59,6 +57,7 @@ class LooseSteps:
             hidden = forward.layers(tokens, tokens, tokens, attend, room=room)
         for kind in ("greedy", "filtered"):
             self._sampler.draw(forward.logits(hidden[:4]), none, starts[:4], Sampling(kind))
+        self._rows.keep(none, none)
 
     def run_widest(self) -> None:
         """What takes the most memory: the longest step, the most logits at once, and a prompt's scores; nothing is written."""

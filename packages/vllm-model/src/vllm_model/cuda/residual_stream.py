@@ -15,7 +15,7 @@ from vllm_model.kernels.rms_norm import rms_norm
 from vllm_model.kernels.silu_mul import silu_mul
 
 ADDING_ROWS = 512
-"""From here on the library's products add to the stream themselves, which moves less memory than a norm that adds."""
+"""From here on torch's products add to the stream themselves, which moves less memory than a norm that adds."""
 
 Choose = Callable[[int, int, int, bool], Config | None]
 """From rows, outputs, inputs and whether a gate follows to the launch of our own product; None: the library's is faster."""
@@ -79,7 +79,7 @@ class ResidualStream:
             return
         config = self._config(x, layer, False)
         if config is None and layer.bias is None and len(x) >= ADDING_ROWS:
-            library_linear(x, layer.weight, choose_algorithm(len(x), *layer.weight.shape), out=self.residual, add=True)
+            self.residual.addmm_(x, layer.weight.t())
             return
         if config is None:
             self._update = _library(x, layer)

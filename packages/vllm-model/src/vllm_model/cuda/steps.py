@@ -68,7 +68,7 @@ class Steps:
 
     def compile(self) -> None:
         """Compile what steps launch; what only guesses need may come later."""
-        self._device.compile(self.loose.compile, self.decode.compile, later=[self.short.compile])
+        self._device.compile(self.loose.compile, self.decode.compile, self.chunk.compile, later=[self.short.compile])
 
     def prepare(self) -> None:
         """Measure and capture what steps need."""

@@ -1,4 +1,4 @@
-"""Triton kernels, one file each, beside the plain torch function that says what the kernel computes.
+"""Triton kernels, one file each, beside the plain torch function that says what the kernel computes; and two in CUDA C++.
 
 Nothing here is imported on a machine without Triton; ``noise`` is torch alone. Shapes the kernels share::
 
@@ -8,5 +8,5 @@ Nothing here is imported on a machine without Triton; ``noise`` is torch alone. 
 
 A kernel with a ``pdl`` argument may be launched with programmatic dependent launch (Hopper and later). Then every kernel of the
 stream between two full barriers must be, and each waits for the one before it ahead of its first read of an activation. What
-they read earlier (weights, the decode plan) must have been written at least two launches before.
+they read earlier (weights, the decode plan, cached keys of earlier steps) must have been written at least two launches before.
 """

@@ -124,8 +124,8 @@ class DecodeConfig:
     Attributes:
         tile: Keys of one step, a power of two from 16.
         programs_per_sm: The grid is this many times the multiprocessors.
-        num_warps: Warps of a program.
-        num_stages: Depth of the load pipeline.
+        num_warps: Warps of a program of Triton's kernel; ``warp_decode.cu`` has one.
+        num_stages: Depth of the load pipeline, likewise; ``warp_decode.cu`` fills the shared memory.
     """
 
     tile: int = 64

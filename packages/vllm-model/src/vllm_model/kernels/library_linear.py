@@ -150,8 +150,8 @@ class Product:
         made.workspace = result.workspace
         return made
 
-    def launch(self, result: Result, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, *, add: bool = False) -> bool:
-        """Compute ``y``, or ``add`` to it, on torch's current stream; False: cuBLASLt refused, and nothing was done."""
+    def launch(self, result: Result, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> bool:
+        """Compute ``y`` on torch's current stream; False: cuBLASLt refused, and nothing was done."""
         workspace = x.new_empty(result.workspace, dtype=torch.uint8)
         handle, operation, a_layout, b_layout, c_layout, d_layout = self.given
         with torch.cuda.device(x.device):
@@ -163,7 +163,7 @@ class Product:
                 a_layout,
                 x.data_ptr(),
                 b_layout,
-                ctypes.byref(self._one if add else self._zero),
+                ctypes.byref(self._zero),
                 y.data_ptr(),
                 c_layout,
                 y.data_ptr(),
@@ -188,7 +188,7 @@ def _configured(algorithm: Algorithm, *product: Any) -> tuple[Product, Result] |
 
 
 def library_linear(
-    x: torch.Tensor, weight: torch.Tensor, algorithm: Algorithm | None, *, out: torch.Tensor | None = None, add: bool = False
+    x: torch.Tensor, weight: torch.Tensor, algorithm: Algorithm | None, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``x @ weight.T`` by cuBLASLt, or by torch where it cannot be computed so.
 
@@ -197,7 +197,6 @@ def library_linear(
         weight: ``[outputs, inputs]``.
         algorithm: None: torch's choice.
         out: ``[rows, outputs]``, where the result goes.
-        add: It is added to what is in ``out``, and the sum is rounded once.
 
     Returns:
         ``[rows, outputs]``, ``out`` if that was given.
@@ -207,8 +206,6 @@ def library_linear(
         whole = y.dtype == x.dtype and y.stride(1) == 1 and y.stride(0) % 8 == 0 and y.data_ptr() % 16 == 0
         shape = len(x), *weight.shape, x.stride(0), y.stride(0)
         found = _configured(algorithm, x.device, x.dtype, *shape) if whole else None
-        if found is not None and found[0].launch(found[1], x, weight, y, add=add):
+        if found is not None and found[0].launch(found[1], x, weight, y):
             return y
-    if out is not None and add:
-        return out.addmm_(x, weight.t())
     return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)

@@ -48,7 +48,7 @@ __device__ __forceinline__ void load_transposed(u32 (&a)[4], u32 address) {
 
 __device__ __forceinline__ u32 transposed(u32 v) {
     u32 r;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
     return r;
 }
 
@@ -320,6 +320,7 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
         }
         const u32 stage = (at - begin) % STAGES, here = stages + stage * STAGE_BYTES;
         barrier_wait(full + 8 * stage, ((at - begin) / STAGES) & 1);
+        __syncwarp();
         u32 keys;
         asm volatile("ld.shared::cta.u32 %0, [%1];" : "=r"(keys) : "r"(seen + 4 * stage) : "memory");
         float scores[PAGES][4];

@@ -28,6 +28,8 @@ NAME = "warp_decode"
 SOURCE = Path(__file__).with_name("warp_decode.cu")
 PAGE, COLUMNS = 16, 8
 """Keys of a block, and most query heads of a KV head."""
+TILES = (16, 32)
+"""Keys of a step: with few rows, whose plans have longer ones, Triton's four warps a program are faster."""
 STAGE_BYTES = 192 << 10
 """Of a multiprocessor's shared memory, for the tiles that its programs have under way."""
 
@@ -84,7 +86,7 @@ def has_warps(device: torch.device) -> bool:
     try:
         x = torch.empty(64, 64, dtype=torch.bfloat16, device=device)
         tensor_map(x.dtype, x.data_ptr(), (64, 64), (64,), (64, 32))
-        return bool(compiled(NAME, source(x.dtype, 128, 2, 8, 32, 4, 792, raw=False)))
+        return bool(compiled(NAME, source(x.dtype, 128, 4, 8, 32, 2, 792, raw=True)))
     except Exception as error:  # not installed, without its library, or of another age: Triton's attention does as well
         logger.info("decode attention is left to Triton: %s", error)
         return False
@@ -93,10 +95,11 @@ def has_warps(device: torch.device) -> bool:
 def suits_warps(plan: DecodePlan, kv_cache: torch.Tensor, dtype: torch.dtype, rotary_dim: int | None = None) -> bool:
     """Whether warps do it for one query a row, of a type; with ``rotary_dim`` from QKV as the product gave it."""
     group, head_dim, tile = plan.group, plan.head_dim, plan.config.tile
-    shape = head_dim in (64, 128) and plan.block_size == PAGE and tile in (16, 32, 64) and stages(plan) >= 2
+    shape = head_dim in (64, 128) and plan.block_size == PAGE and tile in TILES and stages(plan) >= 2
     heads = group <= COLUMNS if rotary_dim is None else group < COLUMNS and rotary_dim == head_dim  # the key is one more
-    types = dtype == kv_cache.dtype and dtype in (torch.bfloat16, torch.float16) and kv_cache.data_ptr() % 16 == 0
-    return shape and heads and types and has_warps(kv_cache.device)
+    types = dtype == kv_cache.dtype and dtype in (torch.bfloat16, torch.float16)
+    aligned = kv_cache.data_ptr() % 16 == 0 and kv_cache.stride(0) % 8 == 0
+    return shape and heads and types and aligned and has_warps(kv_cache.device)
 
 
 def launch_warps(
@@ -158,9 +161,16 @@ def rotary_decode(
         ``[rows, num_heads, head_dim]``. Rows of length 0 or slot -1 are zeros.
 
     Raises:
-        ValueError: Shapes disagree with the plan, or warps cannot do it.
+        ValueError: Shapes or types disagree, or warps cannot do it.
     """
     rows, num_heads, head_dim = heads.shape
+    weights = [each for each in (rotary.q_weight, rotary.k_weight) if each is not None]
+    if (
+        rotary.cos_sin.dtype != torch.float32
+        or not rotary.cos_sin.is_contiguous()
+        or any(each.dtype != heads.dtype or each.shape != (head_dim,) or not each.is_contiguous() for each in weights)
+    ):
+        raise ValueError(f"cos_sin must be float32 and the norms' weights {heads.dtype}, all contiguous")
     if (
         rows > plan.max_rows
         or not plan.leaves_newest
