@@ -56,9 +56,7 @@ def test_a_draft_on_the_device_guesses_what_the_target_says(make_backend: Callab
     assert scheduler.num_draft_tokens > 0
 
 
-@pytest.mark.parametrize(
-    "special", [{}, {"temperature": 0.0}, {"top_p": 0.8}, {"repetition_penalty": 1.5}, {"logprobs": 2}], ids=str
-)
+@pytest.mark.parametrize("special", [{"temperature": 0.0}, {"top_p": 0.8, "repetition_penalty": 1.5}, {"logprobs": 2}], ids=str)
 def test_prompts_are_graphs_however_they_are_sampled(special: dict[str, Any], make_backend: Callable[..., Any]) -> None:
     """Kernel by kernel, the host takes longer for a short prompt than the device; the tokens are the same."""
 
@@ -69,14 +67,14 @@ def test_prompts_are_graphs_however_they_are_sampled(special: dict[str, Any], ma
             steps.loose.run = None  # it must not be called
         else:
             steps.chunk.size_for = lambda batch: None
-        params = SamplingParams(**{"temperature": 0.9, "seed": 3, "max_tokens": 5, "ignore_eos": True} | special)
-        outputs = [engine.add_request(str(length), list(range(length)), params) for length in (1, 3, 90)]
+        params = SamplingParams(**{"temperature": 0.9, "seed": 3, "max_tokens": 3, "ignore_eos": True} | special)
+        outputs = [engine.add_request(str(length), list(range(length)), params) for length in (1, 3, 70)]
         while engine.has_unfinished_requests():
             engine.step()
         return [output.outputs[0].token_ids for output in outputs]
 
     tokens, others = run(graphs=True), run(graphs=False)
-    assert [len(each) for each in tokens] == [5, 5, 5]
+    assert [len(each) for each in tokens] == [3, 3, 3]
     if not torch.cuda.is_available():  # where products of other sizes round differently
         assert tokens == others
 
