@@ -140,7 +140,7 @@ def decode() -> None:
             lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
             slots = torch.arange(len(lengths), dtype=torch.int32, device=DEVICE)
             q = bf16(len(lengths), heads, 128)
-            for config in (DecodeConfig(), DecodeConfig(32, 4, 2, 5), DecodeConfig(32, 4, 4, 5), DecodeConfig(128, 1, 8, 5)):
+            for config in (DecodeConfig(), DecodeConfig(32, 6, 2, 4), DecodeConfig(32, 4, 2, 5), DecodeConfig(128, 1, 8, 5)):
 
                 def run(config: DecodeConfig = config, heads: int = heads, name: str = name) -> None:
                     plan = DecodePlan(len(lengths), heads, 8, 128, DEVICE, max_blocks=tables.shape[1], config=config)
@@ -166,7 +166,7 @@ def prefill() -> None:
             flops = 4.0 * rows * heads * 128 * (chunk * prefix + chunk * (chunk + 1) / 2)
             for config in (
                 PrefillConfig(),
-                PrefillConfig(128, 64, 4, 3),
+                PrefillConfig(128, 64, 8, 3),
                 PrefillConfig(128, 128, 8, 2),
                 PrefillConfig(64, 64, 4, 3),
             ):
