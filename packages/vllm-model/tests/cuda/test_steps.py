@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vllm_core import Engine, EngineConfig, SamplingParams
+from vllm_model.kernels.warp_decode import has_warps
 from vllm_traits import conformance
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
@@ -93,3 +94,48 @@ def test_a_long_row_beside_a_prompt_is_not_read_by_a_graphs_few_programs(
     assert not runs
     driver.run([(1, [29]), (2, range(20, 40))])
     assert len(runs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or not has_warps(torch.device("cuda", torch.cuda.current_device())),
+    reason="needs a Hopper GPU and torch for CUDA",
+)
+def test_decode_from_the_products_heads_says_what_finished_heads_do(
+    random_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine with heads of 64, which warps take, 40 rows at once; and with the rotary kernel before attention."""
+    from vllm_model.cuda.forward import Forward
+    from vllm_model.cuda_backend import CudaBackend
+    from vllm_model.loaders import load_config, load_weights
+
+    folder, _ = random_model("Qwen3ForCausalLM", head_dim=64, hidden_size=64, num_attention_heads=4)
+    config = load_config(folder)
+    attended = []
+
+    def run() -> list[Any]:
+        weights = load_weights(folder, config, dtype=torch.float16, device=torch.device("cuda"))
+        backend = CudaBackend(config, weights, kv_cache_memory_bytes=1 << 26)
+        engine = Engine(backend, config=EngineConfig(max_num_seqs=40, max_num_batched_tokens=2048))
+        params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, logprobs=0)
+        outputs = [engine.add_request(str(i), [(5 * j + i) % 97 for j in range(7 + 2 * i)], params) for i in range(40)]
+        while engine.has_unfinished_requests():
+            engine.step()
+        return [output.outputs[0] for output in outputs]
+
+    attend_raw = Forward.attend_raw
+    monkeypatch.setattr(Forward, "attend_raw", lambda *args: (attended.append(1), attend_raw(*args))[1])
+    ours = run()
+    assert attended
+    monkeypatch.setattr(Forward, "takes_raw", lambda self, plan: False)
+    attended.clear()
+    others = run()
+    assert not attended
+    same = 0
+    for mine, other in zip(ours, others, strict=True):
+        pairs = zip(mine.token_ids, other.token_ids, strict=True)
+        until = next((i for i, (a, b) in enumerate(pairs) if a != b), 29)  # behind a near tie they go their own ways
+        same += until
+        for a, b in zip(mine.logprobs[: until + 1], other.logprobs[: until + 1], strict=True):
+            assert a.logprobs[0] == pytest.approx(b.logprobs[0], abs=0.05)
+    assert same > 0.8 * 40 * 29

@@ -22,8 +22,9 @@ def _check(result: tuple[Any, ...]) -> Any:
 
 
 def text_of(source: Path, definitions: dict[str, int | str]) -> str:
-    """A program's text with what the host puts before it."""
-    return "".join(f"#define {name} {value}\n" for name, value in definitions.items()) + source.read_text()
+    """A program's text with what the host puts before it, and what all programs share (``hopper.cuh``)."""
+    defined = "".join(f"#define {name} {value}\n" for name, value in definitions.items())
+    return defined + source.with_name("hopper.cuh").read_text() + source.read_text()
 
 
 def compiled(name: str, text: str) -> bytes:

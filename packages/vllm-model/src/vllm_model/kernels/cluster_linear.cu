@@ -7,11 +7,6 @@
 // The programs of a cluster have one tile and a run of the inputs each, and send their sums to each other's shared memory, where
 // each adds up its share of the rows. One warp starts copies, of weights before the kernel ahead has ended; the others multiply.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-struct alignas(64) TensorMap { u64 words[16]; };
-
 #define GROUPS (BM / 64)                   // warpgroups that multiply
 #define CONSUMERS (128 * GROUPS)
 #define SCALERS (SCALED ? BM : 0)          // threads that find the norms of rows meanwhile
@@ -25,29 +20,6 @@ struct alignas(64) TensorMap { u64 words[16]; };
 #define LANES (OUT_N / 4)                  // threads of a row behind the products: four outputs each
 #define SLICE (BM / CLUSTER)               // rows that one program of a cluster adds up
 #define PLACES ((SLICE * LANES + CONSUMERS - 1) / CONSUMERS)
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-    u32 done;
-    do {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-    } while (!done);
-}
 
 // CHUNKS tiles of 64 columns each, one behind the other.
 __device__ __forceinline__ void copy_tiles(u32 to, const TensorMap* map, int row, int chunk, u32 bar) {
@@ -65,38 +37,12 @@ __device__ __forceinline__ u32 of_peer(u32 address, u32 rank) {
 // A tile of rows of 128 bytes, swizzled; rows are eight to 1,024 bytes.
 __device__ __forceinline__ u64 matrix(u32 address) { return (u64)((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }
 
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 __device__ __forceinline__ float4 read_sums(u32 address) {
     float4 v;
     asm volatile("ld.shared::cta.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
     return v;
 }
-
-#if ELEMENT_IS_BF16
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-__device__ __forceinline__ float low(u32 v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float high(u32 v) { return __uint_as_float(v & 0xffff0000u); }
-#else
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-__device__ __forceinline__ float half_float(u16 v) {
-    float r;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
-    return r;
-}
-__device__ __forceinline__ float low(u32 v) { return half_float((u16)v); }
-__device__ __forceinline__ float high(u32 v) { return half_float((u16)(v >> 16)); }
-#endif
 
 // One warp finds the factors of 32 rows of the tile, from row `first` on: eight threads a row, with many loads under way.
 __device__ __forceinline__ void find_norms(const float* scale, int parts, int m0, int first, int rows, int k, float eps, u32 factors) {
@@ -153,11 +99,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32 + SCALERS, 1) cluste
             barrier_init(empty + 8 * i, GROUPS);
         }
         barrier_init(arrived, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        barriers_are_initialised();
         for (int i = 0; i < min(STAGES, steps); i++) copy_weights(i);  // they depend on nothing
         barrier_expect(arrived, BM * BN * 4);
-        asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
+        prefetch_map(&x_map);
     }
     __syncwarp();
     if (CLUSTER > 1) {
@@ -167,7 +112,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32 + SCALERS, 1) cluste
         __syncthreads();
     }
     wait_for_previous();
-    let_next_start();
 
     if (warp == CONSUMERS / 32) {
         if (starts_copies) {

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
+from vllm_model import __version__
 from vllm_model.hub import cache_root
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def save(shapes: Mapping[tuple[str, Ints], Ints | None], name: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        part.write_text(json.dumps({"card": name, "triton": triton.__version__, **kinds}, indent=2) + "\n")
+        part.write_text(json.dumps({"card": name, **_versions(), **kinds}, indent=2) + "\n")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -88,8 +89,9 @@ def _read(name: str) -> Shapes:
     path = path_of(name)
     try:
         kept = json.loads(path.read_bytes())
-        if _minor(kept["triton"]) != _minor(triton.__version__):
-            raise ValueError(f"it is of Triton {kept['triton']}, and here is {triton.__version__}")
+        for program, version in _versions().items():
+            if _minor(kept[program]) != _minor(version):
+                raise ValueError(f"it is of {program} {kept[program]}, and here is {version}")
         return {
             (kind, _parsed(by, key)): _parsed(what, shape)
             for kind, (by, what) in KINDS.items()
@@ -100,6 +102,11 @@ def _read(name: str) -> Shapes:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("%s is ignored: %s. `python -m vllm_model.tune MODEL` measures anew.", path, error)
         return {}
+
+
+def _versions() -> dict[str, str]:
+    """What kernels, and with them the times of their shapes, come from."""
+    return {"triton": triton.__version__, "vllm_model": __version__}
 
 
 def _minor(version: str) -> list[str]:

@@ -6,11 +6,6 @@
 // A page's keys and values of one head lie together: the copy engine brings them in one piece, some tiles ahead. Keys are the
 // rows of the matrix unit's products and heads its eight columns: scores are keys x heads, values are dimensions x heads.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-struct alignas(64) TensorMap { u64 words[16]; };
-
 #define PAGE 16                            // keys
 #define PAGES (TILE / PAGE)
 #define STEPS (HEAD_DIM / 16)              // of the matrix unit along a head
@@ -19,22 +14,6 @@ struct alignas(64) TensorMap { u64 words[16]; };
 #define STAGE_BYTES (PAGES * PAGE_BYTES)
 #define VALUES (4 * STEPS)                 // of a thread: dimensions g and g + 8 of 16, heads 2t and 2t + 1, for lane 4g + t
 #define NOTHING -1.0e30f                   // finite: what saw nothing yet subtracts to 0, not NaN
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-    u32 done;
-    do {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-    } while (!done);
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
 
 __device__ __forceinline__ void load_matrices(u32 (&a)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -55,27 +34,6 @@ __device__ __forceinline__ u32 transposed(u32 v) {
 __device__ __forceinline__ float power_of_two(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
-
-#if ELEMENT_IS_BF16
-#define ELEMENT "bf16"
-__device__ __forceinline__ float low(u32 v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float high(u32 v) { return __uint_as_float(v & 0xffff0000u); }
-#else
-#define ELEMENT "f16"
-__device__ __forceinline__ float half_float(u16 v) {
-    float r;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
-    return r;
-}
-__device__ __forceinline__ float low(u32 v) { return half_float((u16)v); }
-__device__ __forceinline__ float high(u32 v) { return half_float((u16)(v >> 16)); }
-#endif
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 r;
-    asm("cvt.rn." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
 
@@ -131,6 +89,27 @@ __device__ __forceinline__ void finish_head(u32 (&head)[2 * STEPS], const float*
         head[STEPS + i] = pack(b0 * cosine.x + a0 * sine.x, b1 * cosine.y + a1 * sine.y);
     }
 }
+
+// The newest key and value, which no tile has: the pair begins with them, and they go to the cache.
+__device__ __forceinline__ void begin_with_newest(
+    Pair& pair, const u32 (&query)[2 * STEPS], const u32 (&heads)[2 * STEPS], const u32 (&value)[2 * STEPS], u16* to, float scale) {
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+    float score = 0.f;  // of head g
+#pragma unroll
+    for (int i = 0; i < 2 * STEPS; i++) {
+        const u32 key = __shfl_sync(~0u, heads[i], 4 * GROUP + t), v = transposed(value[i]);  // from dimensions 2t to g
+        score += low(query[i]) * low(key) + high(query[i]) * high(key);
+        pair.values[2 * i] = low(v), pair.values[2 * i + 1] = high(v);
+        if (g == 0) *(u32*)(to + 8 * i + 2 * t) = key;
+        if (g == 1) *(u32*)(to + PAGE * HEAD_DIM + 8 * i + 2 * t) = value[i];
+    }
+    score = sum_of_head(score) * scale;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        pair.highest[j] = __shfl_sync(~0u, score, 4 * (2 * t + j));
+        pair.sum[j] = g == 0 ? 1.f : 0.f;
+    }
+}
 #endif
 
 // The heads of a pair go out.
@@ -143,6 +122,129 @@ __device__ __forceinline__ void write_pair(const Pair& pair, u16* out) {
     for (int i = 0; i < 2 * STEPS; i++) {  // from dimension g, heads 2t to head g, dimensions 2t
         const u32 v = transposed(pack(pair.values[2 * i] * factor[0], pair.values[2 * i + 1] * factor[1]));
         if (g < GROUP) *(u32*)(out + g * HEAD_DIM + 8 * i + 2 * t) = v;
+    }
+}
+
+// Where the matrix unit's tiles begin in a page for this lane: 16 bytes of a row, a key or a value, swizzled by the row.
+__device__ __forceinline__ u32 place_in_page(u32 row, u32 part, int step) {
+    const u32 line = PIECES * row + step / 4;
+    return line * 128 + ((((step % 4) * 2 + part) ^ (line % 8)) * 16);
+}
+
+// Scores of a page's keys g and g + 8, heads 2t and 2t + 1; those of what stands behind its last key are minus infinity.
+__device__ __forceinline__ void score_page(float (&scores)[4], u32 page, int count, const u32 (&query)[2 * STEPS], float scale) {
+    const u32 lane = threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < 4; i++) scores[i] = 0.f;
+    if (count > 0) {
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            u32 a[4];
+            load_matrices(a, page + place_in_page(lane % 16, lane / 16, step));  // keys 0-7, 8-15, then the next 8 dimensions
+            multiply(scores, a, query[2 * step], query[2 * step + 1]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const bool is_key = (int)lane / 4 + 8 * (i / 2) < count;
+        scores[i] = is_key ? scores[i] * scale : __int_as_float(0xff800000);
+    }
+}
+
+// Behind the last value stands anything, which no weight of 0 may multiply.
+__device__ __forceinline__ void clear_behind(u32 page, int count) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (PAGE - count) * (HEAD_DIM / 8); i += 32) {
+        const u32 line = PAGE + count + i / (HEAD_DIM / 8), piece = i % (HEAD_DIM / 8);
+        const u32 to = page + (PIECES * line + piece / 8) * 128 + piece % 8 * 16;
+        asm volatile("st.shared::cta.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+}
+
+// What was added up so far, by a new maximum, if any head has one.
+__device__ __forceinline__ void raise(Pair& pair, const float (&scores)[PAGES][4]) {
+    float top[2] = {pair.highest[0], pair.highest[1]};
+#pragma unroll
+    for (int page = 0; page < PAGES; page++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) top[i % 2] = fmaxf(top[i % 2], scores[page][i]);
+    }
+    if (!__any_sync(~0u, top[0] > pair.highest[0] || top[1] > pair.highest[1])) return;
+    float shrink[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        top[j] = max_of_column(top[j]);
+        shrink[j] = power_of_two(pair.highest[j] - top[j]);
+        pair.sum[j] *= shrink[j];
+        pair.highest[j] = top[j];
+    }
+#pragma unroll
+    for (int i = 0; i < VALUES; i++) pair.values[i] *= shrink[i % 2];
+}
+
+// A page's values come to the sum.
+__device__ __forceinline__ void add_page(Pair& pair, u32 page, const float (&scores)[4]) {
+    const u32 lane = threadIdx.x;
+    float w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        w[i] = power_of_two(scores[i] - pair.highest[i % 2]);
+        pair.sum[i % 2] += w[i];
+    }
+    const u32 b0 = transposed(pack(w[0], w[1])), b1 = transposed(pack(w[2], w[3]));
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        u32 a[4];  // dimensions 0-7, 8-15, then the next 8 keys
+        load_transposed(a, page + place_in_page(PAGE + (lane / 16) * 8 + lane % 8, lane / 8 % 2, step));
+        multiply(pair.values + 4 * step, a, b0, b1);
+    }
+}
+
+// Nothing was seen yet.
+__device__ __forceinline__ void clear(Pair& pair) {
+#pragma unroll
+    for (int i = 0; i < VALUES; i++) pair.values[i] = 0.f;
+#pragma unroll
+    for (int j = 0; j < 2; j++) pair.highest[j] = NOTHING, pair.sum[j] = 0.f;
+}
+
+// A part of a pair, for whoever comes last to it.
+__device__ __forceinline__ void write_part(const Pair& pair, float* part, float* stat) {
+    const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    float4* to = (float4*)part;
+    if (2 * t < GROUP) {
+#pragma unroll
+        for (int i = 0; i < VALUES / 4; i++) {
+            to[32 * i + lane] = float4{pair.values[4 * i], pair.values[4 * i + 1], pair.values[4 * i + 2], pair.values[4 * i + 3]};
+        }
+    }
+    if (g == 0) *(float4*)(stat + 4 * t) = float4{pair.highest[0], pair.highest[1], pair.sum[0], pair.sum[1]};
+}
+
+// A part comes to a pair: past the first-level cache, since another multiprocessor wrote it during this launch.
+__device__ __forceinline__ void add_part(Pair& pair, const float* part, const float* stat) {
+    const int lane = threadIdx.x, t = lane % 4;
+    const float4* values = (const float4*)part;
+    const float4 both = __ldcg((const float4*)(stat + 4 * t));
+    float4 v[VALUES / 4];
+#pragma unroll
+    for (int i = 0; i < VALUES / 4; i++) v[i] = 2 * t < GROUP ? __ldcg(values + 32 * i + lane) : float4{0.f, 0.f, 0.f, 0.f};
+    const float theirs[2] = {both.x, both.y}, sums[2] = {both.z, both.w};
+    float keep[2], add[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const float top = fmaxf(pair.highest[j], theirs[j]);
+        keep[j] = power_of_two(pair.highest[j] - top), add[j] = power_of_two(theirs[j] - top);
+        pair.sum[j] = pair.sum[j] * keep[j] + sums[j] * add[j];
+        pair.highest[j] = top;
+    }
+#pragma unroll
+    for (int i = 0; i < VALUES / 4; i++) {
+        const float four[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) pair.values[4 * i + j] = pair.values[4 * i + j] * keep[j % 2] + four[j] * add[j % 2];
     }
 }
 
@@ -188,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
         }
         if (lane == 0) {
             asm volatile("st.shared::cta.u32 [%0], %1;" ::"r"(seen + 4 * stage), "r"(keys) : "memory");
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+            barrier_expect(bar, bytes);
 #pragma unroll
             for (int i = 0; i < PAGES; i++) {
                 if (entry[i] & 255) {
@@ -209,10 +311,9 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
     if (begin + lane < min(begin + STAGES, end)) read_entry(first_entries, (begin + lane) % each);
     if (begin + STAGES < end) read_entry(next_entry, (begin + STAGES) % each);
     if (lane == 0) {
-        for (int i = 0; i < STAGES; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * i));
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        asm volatile("prefetch.tensormap [%0];" ::"l"(&cache_map) : "memory");
+        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
+        barriers_are_initialised();
+        prefetch_map(&cache_map);
     }
     __syncwarp();
     if (!RAW) wait_for_previous();
@@ -255,58 +356,21 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
     u32 query[2 * STEPS];
     bool whole = false, starts_here = false;
     int left = 0;
-    const auto keep_part = [&]() {
-        // A program holds at most one part without the pair's beginning (0) and one with it, but not its end (1).
-        const int part = program * 2 + starts_here;
-        float4* to = (float4*)(parts + (long long)part * part_size);
-        if (2 * t < GROUP) {
-#pragma unroll
-            for (int i = 0; i < VALUES / 4; i++) {
-                to[32 * i + lane] = float4{pair.values[4 * i], pair.values[4 * i + 1], pair.values[4 * i + 2], pair.values[4 * i + 3]};
-            }
-        }
-        if (g == 0) *(float4*)(stats + part * stat_size + 4 * t) = float4{pair.highest[0], pair.highest[1], pair.sum[0], pair.sum[1]};
-    };
-
-    // Where the matrix unit's tiles begin in a page for this lane: 16 bytes of a row, swizzled by the row.
-    const u32 k_row = lane % 16, k_part = lane / 16;                       // keys 0-7, 8-15, then the next 8 dimensions
-    const u32 v_row = PAGE + (lane / 16) * 8 + lane % 8, v_part = lane / 8 % 2;  // dimensions 0-7, 8-15, then the next 8 keys
-    const auto place = [](u32 row, u32 part, int step) {
-        const u32 line = PIECES * row + step / 4;
-        return line * 128 + ((((step % 4) * 2 + part) ^ (line % 8)) * 16);
-    };
 
     for (int at = begin; at < end; at++) {
         if (left == 0) {
             left = min(tiles - tile, end - at);
             starts_here = tile == 0;
             whole = starts_here && left == tiles;
-#pragma unroll
-            for (int i = 0; i < VALUES; i++) pair.values[i] = 0.f;
-#pragma unroll
-            for (int j = 0; j < 2; j++) pair.highest[j] = NOTHING, pair.sum[j] = 0.f;
+            clear(pair);
 #if RAW
             const float* turn = cos_sin + (long long)position * HEAD_DIM;
             finish_head(coming, turn, g < GROUP ? q_weight : k_weight, eps);
 #pragma unroll
             for (int i = 0; i < 2 * STEPS; i++) query[i] = g < GROUP ? coming[i] : 0u;
-            if (starts_here && where >= 0) {  // no tile has the newest key
-                u16* to = cache + (where / PAGE) * block_stride + (head * 2 * PAGE + where % PAGE) * HEAD_DIM + 2 * t;
-                float score = 0.f;  // of head g
-#pragma unroll
-                for (int i = 0; i < 2 * STEPS; i++) {
-                    const u32 key = __shfl_sync(~0u, coming[i], 4 * GROUP + t), v = transposed(coming_value[i]);  // from dimensions 2t to g
-                    score += low(query[i]) * low(key) + high(query[i]) * high(key);
-                    pair.values[2 * i] = low(v), pair.values[2 * i + 1] = high(v);
-                    if (g == 0) *(u32*)(to + 8 * i) = key;
-                    if (g == 1) *(u32*)(to + PAGE * HEAD_DIM + 8 * i) = coming_value[i];
-                }
-                score = sum_of_head(score) * scale;
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    pair.highest[j] = __shfl_sync(~0u, score, 4 * (2 * t + j));
-                    pair.sum[j] = g == 0 ? 1.f : 0.f;
-                }
+            if (starts_here && where >= 0) {
+                u16* to = cache + (where / PAGE) * block_stride + (head * 2 * PAGE + where % PAGE) * HEAD_DIM;
+                begin_with_newest(pair, query, coming, coming_value, to, scale);
             }
 #else
 #pragma unroll
@@ -327,66 +391,13 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
 #pragma unroll
         for (int page = 0; page < PAGES; page++) {
             const int count = keys >> (8 * page) & 255;
-#pragma unroll
-            for (int i = 0; i < 4; i++) scores[page][i] = 0.f;
-            if (count > 0) {
-#pragma unroll
-                for (int step = 0; step < STEPS; step++) {
-                    u32 a[4];
-                    load_matrices(a, here + page * PAGE_BYTES + place(k_row, k_part, step));
-                    multiply(scores[page], a, query[2 * step], query[2 * step + 1]);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const bool is_key = g + 8 * (i / 2) < count;
-                scores[page][i] = is_key ? scores[page][i] * scale : __int_as_float(0xff800000);
-            }
-            if (count > 0 && count < PAGE) {  // behind the last key stands anything, which no weight of 0 may multiply
-#pragma unroll 1
-                for (int i = lane; i < (PAGE - count) * (HEAD_DIM / 8); i += 32) {
-                    const u32 line = PAGE + count + i / (HEAD_DIM / 8), piece = i % (HEAD_DIM / 8);
-                    const u32 to = here + page * PAGE_BYTES + (PIECES * line + piece / 8) * 128 + piece % 8 * 16;
-                    asm volatile("st.shared::cta.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
-                }
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                __syncwarp();
-            }
+            score_page(scores[page], here + page * PAGE_BYTES, count, query, scale);
+            if (count > 0 && count < PAGE) clear_behind(here + page * PAGE_BYTES, count);
         }
-        float top[2] = {pair.highest[0], pair.highest[1]};
+        raise(pair, scores);
 #pragma unroll
         for (int page = 0; page < PAGES; page++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) top[i % 2] = fmaxf(top[i % 2], scores[page][i]);
-        }
-        if (__any_sync(~0u, top[0] > pair.highest[0] || top[1] > pair.highest[1])) {
-            float shrink[2];
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                top[j] = max_of_column(top[j]);
-                shrink[j] = power_of_two(pair.highest[j] - top[j]);
-                pair.sum[j] *= shrink[j];
-                pair.highest[j] = top[j];
-            }
-#pragma unroll
-            for (int i = 0; i < VALUES; i++) pair.values[i] *= shrink[i % 2];
-        }
-#pragma unroll
-        for (int page = 0; page < PAGES; page++) {
-            if ((keys >> (8 * page) & 255) == 0) continue;
-            float w[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                w[i] = power_of_two(scores[page][i] - pair.highest[i % 2]);
-                pair.sum[i % 2] += w[i];
-            }
-            const u32 b0 = transposed(pack(w[0], w[1])), b1 = transposed(pack(w[2], w[3]));
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                u32 a[4];
-                load_transposed(a, here + page * PAGE_BYTES + place(v_row, v_part, step));
-                multiply(pair.values + 4 * step, a, b0, b1);
-            }
+            if (keys >> (8 * page) & 255) add_page(pair, here + page * PAGE_BYTES, scores[page]);
         }
         __syncwarp();
         if (ask < end) ask_for_tile(next_entry);
@@ -396,8 +407,10 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
         if (--left == 0) {
 #pragma unroll
             for (int j = 0; j < 2; j++) pair.sum[j] = sum_of_column(pair.sum[j]);
+            // A program holds at most one part without the pair's beginning (0) and one with it, but not its end (1).
+            const int part = program * 2 + starts_here;
             if (whole) write_pair(pair, out + row * out_stride + head * (GROUP * HEAD_DIM));
-            else keep_part();
+            else write_part(pair, parts + (long long)part * part_size, stats + part * stat_size);
             tile = 0;
             row++;
             if ((head + 1) * each == at + 1) head++, row = 0;
@@ -424,32 +437,10 @@ extern "C" __global__ void __launch_bounds__(32) warp_decode(
     for (int which = 0; which < 2; which++) {
         if (!__shfl_sync(~0u, complete, which)) continue;
         const int from_program = __shfl_sync(~0u, first, which), to_program = __shfl_sync(~0u, last, which);
-        pair.highest[0] = pair.highest[1] = NOTHING, pair.sum[0] = pair.sum[1] = 0.f;
-#pragma unroll
-        for (int i = 0; i < VALUES; i++) pair.values[i] = 0.f;
+        clear(pair);
         for (int other = from_program; other <= to_program; other++) {
             const int part = other * 2 + (other == from_program);
-            const float4* values = (const float4*)(parts + (long long)part * part_size);
-            // Past the first-level cache: another multiprocessor wrote this during this launch.
-            const float4 stat = __ldcg((const float4*)(stats + part * stat_size + 4 * t));
-            float4 v[VALUES / 4];
-#pragma unroll
-            for (int i = 0; i < VALUES / 4; i++) v[i] = 2 * t < GROUP ? __ldcg(values + 32 * i + lane) : float4{0.f, 0.f, 0.f, 0.f};
-            const float theirs[2] = {stat.x, stat.y}, sums[2] = {stat.z, stat.w};
-            float keep[2], add[2];
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const float top = fmaxf(pair.highest[j], theirs[j]);
-                keep[j] = power_of_two(pair.highest[j] - top), add[j] = power_of_two(theirs[j] - top);
-                pair.sum[j] = pair.sum[j] * keep[j] + sums[j] * add[j];
-                pair.highest[j] = top;
-            }
-#pragma unroll
-            for (int i = 0; i < VALUES / 4; i++) {
-                const float four[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
-#pragma unroll
-                for (int j = 0; j < 4; j++) pair.values[4 * i + j] = pair.values[4 * i + j] * keep[j % 2] + four[j] * add[j % 2];
-            }
+            add_part(pair, parts + (long long)part * part_size, stats + part * stat_size);
         }
         write_pair(pair, out + __shfl_sync(~0u, its_row, which) * out_stride + __shfl_sync(~0u, its_head, which) * (GROUP * HEAD_DIM));
     }
