@@ -2,8 +2,8 @@
 
     python scripts/sanitize_kernels.py [memcheck] [racecheck] [initcheck] [synccheck]
 
-Runs the small tests, and of the large ones some that launch the shapes that are shipped. Only our kernels are watched, or it
-would take hours. Without names: memcheck and racecheck.
+Runs the small tests, and of the large ones some that launch the shapes that are shipped, without those of libraries' kernels
+and of graphs that allocate. Only our kernels are watched, or it would take hours. Without names: memcheck and racecheck.
 """
 
 import os
@@ -17,12 +17,13 @@ ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "packages/vllm-model/src/vllm_model"
 TESTS = "packages/vllm-model/tests/kernels"
 RUNS = {
-    "small": ["-m", "not gpu", "-k", "not other_cards and not distribution"],
+    "small": ["-m", "not gpu", "-k", "not other_cards and not distribution and not library"],
     "shipped shapes": [
         "-m",
         "gpu",
         "-k",
-        "graph_follows or cluster_linear or (16-8-128 and not dtype1 and (warp_decode or on_the_card) and not library)",
+        "(graph_follows or cluster_linear or (16-8-128 and not dtype1 and (warp_decode or on_the_card)))"
+        " and not library and not both_kinds",
     ],
 }
 

@@ -194,7 +194,7 @@ def logits(which: str, _: Any) -> Case:
     if which == "process":
         state = LogitsState(bias_tokens=slots[:, None].contiguous(), bias_values=ones[:, None])
         return Case(x, lambda pdl: [process_logits(x, slots, state, pdl=pdl)])
-    filters = {"top_k": slots + 5} if which == "filtered" else {}
+    filters = {"top_k": slots + 5, "top_p": ones * 0.9, "min_p": ones * 0.01} if which == "filtered" else {}
 
     def run(pdl: bool) -> list[torch.Tensor]:
         return [sample(x, slots, slots, ones, seed, workspace, greedy=which == "greedy", **filters, pdl=pdl)]
