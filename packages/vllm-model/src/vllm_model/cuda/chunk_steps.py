@@ -8,6 +8,7 @@ from vllm_model.cuda.device import Device, Graph
 from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import THIN_ROWS, Forward
 from vllm_model.cuda.rows import DeviceRows
+from vllm_model.kernels._launch import take_down
 from vllm_model.kernels.library_prefill import LEAST, padded
 from vllm_traits.batch import Batch
 
@@ -48,6 +49,8 @@ class ChunkSteps:
         for size in self._sizes:
             if THIN_ROWS < size < MANY_TOKENS:
                 self._run(self._empty(size), size, as_prompt=False)
+        if self._has_prompt:
+            take_down("attention of a prompt", lambda: self._forward.plan_prompt(self._sizes[-1]))
 
     def capture_all(self) -> None:
         """The graphs of all sizes, the largest first."""

@@ -179,6 +179,13 @@ class Forward:
             q, cache.layers[layer], self.tables, leader, workspace, k_scale=scales[0], v_scale=scales[1], pdl=self._pdl
         )
 
+    def plan_prompt(self, length: int) -> None:
+        """Have the library plan its attention of whole prompts of this length, and load what it needs."""
+        config, like = self.config, self._decoder.embedding
+        heads = like.new_zeros(padded(length), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        library_prefill(q, k, v, length)
+
     def attend_prompt(self, q: torch.Tensor, qkv: torch.Tensor, start: int, length: int) -> torch.Tensor:
         """The library's attention of the whole prompt at ``start`` of the step; ``q`` and ``qkv`` have room behind it."""
         config, end = self.config, start + padded(length)

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from threading import Thread
@@ -34,32 +35,41 @@ LONGEST_WAIT = 60
 MESSAGE_BYTES = 1 << 16
 
 
-@cache
-def prepare() -> "Future[Any]":
-    """Begin, in a thread, what Triton does once before it compiles: the future of the target, its ``GPUTarget``.
+@dataclass(frozen=True)
+class Prepared:
+    """What Triton does once before it compiles, in a thread.
 
-    It builds a module in C and reads all of itself for the keys of its cache; what is forked later knows these.
+    Attributes:
+        target: What for, its ``GPUTarget``: it builds a module in C to ask.
+        keys: It has read all of itself for the keys of its cache; what is forked later knows these.
     """
 
-    def run() -> Any:
-        target = driver.active.get_current_target()
-        make_backend(target).hash()
+    target: "Future[Any]"
+    keys: "Future[None]"
+
+
+@cache
+def prepare() -> Prepared:
+    """Begin it, once a process."""
+
+    def read() -> None:
+        make_backend(target.result()).hash()
         with suppress(ImportError):
             from triton.runtime.cache import triton_key
 
             triton_key()
-        return target
 
     pool = ThreadPoolExecutor(1)
-    future = pool.submit(run)
+    target = pool.submit(lambda: driver.active.get_current_target())
+    keys = pool.submit(read)
     pool.shutdown(wait=False)
-    return future
+    return Prepared(target, keys)
 
 
 def compile_jobs(
     jobs: Sequence[Job], target: Any, *, later: Sequence[Job] = (), others: Iterable[Callable[[], object]] = ()
 ) -> Thread | None:
-    """Compile kernels, the first ones first.
+    """Compile kernels in their order: the slow ones had better be the first.
 
     Args:
         jobs: It returns when these are compiled.

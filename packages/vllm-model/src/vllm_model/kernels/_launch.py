@@ -21,10 +21,10 @@ class TakenDown:
 
     kernels: list[Any] = field(default_factory=list)
     """Triton's that are compiled."""
-    jobs: list[Job] = field(default_factory=list)
-    """Triton's that are not."""
+    jobs: dict[Job, int] = field(default_factory=dict)
+    """Triton's that are not, and how long their sources are."""
     others: dict[str, Callable[[], object]] = field(default_factory=dict)
-    """What compiles another kernel, by what it compiles."""
+    """What else takes its time, as to compile another kernel, by what it does."""
 
 
 _TAKING_DOWN: ContextVar[TakenDown | None] = ContextVar("_TAKING_DOWN", default=None)
@@ -37,10 +37,14 @@ def compile_together(runs: Iterable[Callable[[], object]], later: Iterable[Calla
         runs: It returns when these need no compiler.
         later: Triton's kernels of these are compiled behind it.
     """
-    prepare().result()
-    now, then = _taken_down(runs), _taken_down(later)
-    others = (now.others | then.others).values()
-    compile_jobs(now.jobs, triton.runtime.driver.active.get_current_target(), later=then.jobs, others=others)
+    prepared = prepare()
+    prepared.target.result()
+    now, then = (_taken_down(each) for each in (runs, later))
+    # What is long takes long: begun last, it would be waited for alone.
+    jobs, rest = (sorted(each.jobs, key=each.jobs.__getitem__, reverse=True) for each in (now, then))
+    prepared.keys.result()
+    target = triton.runtime.driver.active.get_current_target()
+    compile_jobs(jobs, target, later=rest, others=(now.others | then.others).values())
 
 
 def _taken_down(runs: Iterable[Callable[[], object]]) -> TakenDown:
@@ -51,7 +55,8 @@ def _taken_down(runs: Iterable[Callable[[], object]]) -> TakenDown:
         """Triton's, before it compiles: True keeps it from that."""
         if _TAKING_DOWN.get() is not taken:  # another thread
             return other and other(**kernel)
-        taken.jobs.append((kernel["fn"].module, kernel["fn"].name, kernel["compile"]["specialization_data"]))
+        function = kernel["fn"]
+        taken.jobs[function.module, function.name, kernel["compile"]["specialization_data"]] = len(function.jit_function.src)
         return True
 
     knobs.runtime.jit_cache_hook = hook
@@ -65,7 +70,7 @@ def _taken_down(runs: Iterable[Callable[[], object]]) -> TakenDown:
 
 
 def take_down(name: str, job: Callable[[], object]) -> bool:
-    """Within :func:`compile_together`: have another kernel than Triton's compiled too, once a name, and launch nothing."""
+    """Within :func:`compile_together`: have this done meanwhile, as to compile another kernel than Triton's, once a name."""
     taken = _TAKING_DOWN.get()
     if taken is not None:
         taken.others[name] = job
