@@ -3,7 +3,8 @@
     python scripts/sanitize_kernels.py [memcheck] [racecheck] [initcheck] [synccheck]
 
 Runs the small tests, and of the large ones some that launch the shapes that are shipped, without those of libraries' kernels
-and of graphs that allocate. Only our kernels are watched, or it would take hours. Without names: memcheck and racecheck.
+and of graphs that allocate. Only our kernels are watched, or it would take hours. Then racecheck dies of any product by
+cuBLAS, also of one alone: it has no tests with those at all. Without names: memcheck and racecheck.
 """
 
 import os
@@ -47,6 +48,8 @@ def main() -> int:
         for name, selection in RUNS.items():
             begun = time.monotonic()
             command = [*sanitizer, sys.executable, "-m", "pytest", "-q", "-x", "-o", "timeout=0", TESTS, *selection]
+            if tool == "racecheck":
+                command += ["--ignore", f"{TESTS}/test_residual_stream.py"]
             status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
             print(f"{tool}, {name}: exit status {status} after {time.monotonic() - begun:.0f} s", flush=True)
             if status:

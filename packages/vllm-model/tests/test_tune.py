@@ -52,7 +52,7 @@ def test_a_backend_runs_with_what_was_kept(
         assert tune.main([str(folder)]) == 0
         (file,) = (tmp_path / "tuned").iterdir()
         kept = json.loads(file.read_text())
-        assert [len(kept[kind]) for kind in ("decode", "prefill", "thin")] == [2, 1, 10]
+        assert [len(kept[kind]) for kind in ("decode", "prefill", "thin")] == [8, 1, 10]
         backend = load_backend(folder, device="cuda", dtype="bfloat16", kv_cache_memory_bytes=1 << 26)
         engine = Engine(backend, config=EngineConfig(max_num_seqs=32, max_num_batched_tokens=64))
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -60,7 +60,7 @@ def test_a_backend_runs_with_what_was_kept(
         while engine.has_unfinished_requests():
             engine.step()
         plans = backend.steps.decode._plans
-        assert [tuning.astuple(plans.of(rows).config) for rows in (1, 32)] == [decode, decode]
+        assert [tuning.astuple(plans.of(rows, several=rows > 20).config) for rows in (1, 17, 32)] == [decode] * 3
         assert [len(output.outputs[0].token_ids) for output in outputs] == [8] * 20
         engine.close()
     finally:

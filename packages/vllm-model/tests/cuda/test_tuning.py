@@ -63,7 +63,8 @@ def test_the_command_keeps_what_is_faster(
     assert tune_model(str(folder), torch.device("cpu")) == 0
     kept = json.loads((tmp_path / "tuned" / "A-Card.json").read_text())
     assert kept["decode"] == dict.fromkeys(
-        [f"head_dim={HEAD_DIM} group=2 few={few}" for few in (0, 1)], "tile=16 programs_per_sm=1 num_warps=1 num_stages=2"
+        [f"head_dim={HEAD_DIM} group=2 few={few} several={several} fp8=0" for few in (0, 1) for several in (0, 1)],
+        "tile=16 programs_per_sm=1 num_warps=1 num_stages=2",
     )
     assert kept["prefill"] == {}  # not by 3 %
     assert len(kept["thin"]) == 2 * 5
@@ -71,9 +72,9 @@ def test_the_command_keeps_what_is_faster(
     out = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in out.splitlines()]
     change = "default 10.0 10.0 us 5.0 5.0 us 50% less: tile=16 programs_per_sm=1 num_warps=1 num_stages=2"
-    assert f"decode head_dim=16 group=2 few=1 {change}" in lines
+    assert f"decode head_dim=16 group=2 few=1 several=0 fp8=0 {change}" in lines
     assert "prefill head_dim=16 group=2 default 10.0 10.0 us is kept" in lines
-    assert "12 of 13 are faster than the defaults" in out
+    assert "14 of 15 are faster than the defaults" in out
 
 
 def test_a_second_run_measures_against_the_defaults_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ def test_a_second_run_measures_against_the_defaults_again(folder: Path, monkeypa
     tune_model(str(folder), torch.device("cpu"))
     monkeypatch.setattr(tuning, "measure", timed({}))
     tune_model(str(folder), torch.device("cpu"))
-    assert tuned.lookup("decode", (HEAD_DIM, 2, 1), torch.device("cpu")) is None
+    assert tuned.lookup("decode", (HEAD_DIM, 2, 1, 0, 0), torch.device("cpu")) is None
 
 
 def test_layers_with_a_bias_are_the_librarys(random_model: Callable[..., tuple[Path, Any]]) -> None:

@@ -16,7 +16,9 @@ from vllm_model.kernels.decode_plan import DecodeConfig, DecodePlan, default_dec
 
 CARD = "NVIDIA GeForce RTX 4090 (x)"
 SHAPES = {
-    ("decode", (64, 2, 0)): (16, 1, 1, 2),
+    ("decode", (64, 2, 0, 0, 0)): (16, 1, 1, 2),
+    ("decode", (64, 2, 0, 1, 0)): (16, 2, 1, 2),
+    ("decode", (64, 2, 1, 0, 1)): (16, 3, 1, 2),
     ("prefill", (64, 2)): (32, 16, 2, 1),
     ("thin", (32, 64, 0, 1)): (4, 32, 1),
 }
@@ -114,15 +116,19 @@ def test_it_is_read_once(file: Path) -> None:
 
 
 def test_it_is_what_decode_plans_take(device: str) -> None:
-    def plan(max_rows: int, heads: int = 4, config: DecodeConfig | None = None) -> DecodeConfig:
-        return DecodePlan(max_rows, heads, 2, 64, device, max_blocks=2, config=config).config
+    def plan(max_rows: int, heads: int = 4, **settings: Any) -> DecodeConfig:
+        return DecodePlan(max_rows, heads, 2, 64, device, max_blocks=2, **settings).config
 
     tuned.save(SHAPES, CARD)
     given = DecodeConfig(32)
     assert plan(17) == DecodeConfig(16, 1, 1, 2)
     assert plan(17, config=given) is given
-    assert plan(16) == default_decode_config(64, 16, torch.device(device))
-    assert plan(17, heads=8) == default_decode_config(64, 17, torch.device(device))
+    assert plan(17, max_queries=3) == DecodeConfig(16, 2, 1, 2)
+    assert plan(16, fp8=True) == DecodeConfig(16, 3, 1, 2)
+    where = torch.device(device)
+    assert plan(16) == default_decode_config(64, 2, 16, where)
+    assert plan(17, heads=8) == default_decode_config(64, 4, 17, where)
+    assert plan(16, max_queries=3, fp8=True) == default_decode_config(64, 2, 16, where, several=True, fp8=True)
 
 
 def launched(module: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from vllm_model.cuda.device import Device, Graph
 from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import Forward
-from vllm_model.cuda.plans import FEW_ROWS, DecodePlans
+from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows
 from vllm_model.cuda.shared_rows import SharedPrefix, SharedPrefixes
 from vllm_model.kernels._launch import power_of_two
+from vllm_model.kernels.decode_plan import FEW_ROWS
 from vllm_model.kernels.shared_prefix import PREFIX_TILE, PrefixWorkspace, join_prefix
 from vllm_traits.batch import Batch
 
@@ -54,8 +55,7 @@ class DecodeSteps:
         self.sizes = [*(size for size in GRAPH_SIZES if size < most), most]
         self.graphs: dict[tuple[int, Sampling, bool], Graph] = {}
         """By rows, mode of sampling, and whether a shared prefix is read apart."""
-        self.prefixes = SharedPrefixes()
-        self._can_share = plans.of(most).config.tile <= PREFIX_TILE
+        self.prefixes = SharedPrefixes(max(PREFIX_TILE, plans.of(most).config.tile))  # tiles, of what reads what, are whole
         self._prefix_workspace = PrefixWorkspace(most, config.num_heads, config.head_dim, device.device)
         self._staging = [device.pinned(FIELDS * most + TAIL) for _ in range(RING)]
         self._turn = 0
@@ -84,7 +84,7 @@ class DecodeSteps:
     def run(self, batch: Batch, mode: Sampling, place: int | None) -> torch.Tensor:
         """Start a step: what :meth:`DeviceSampler.keep` returns; the tokens also go to this place of the ring, if given."""
         size = next(size for size in self.sizes if size >= batch.num_rows)
-        prefix = self.prefixes.of(batch) if self._can_share else None
+        prefix = self.prefixes.of(batch)
         if prefix is not None:  # few sizes, since each is captured on demand
             size = min(power_of_two(size), self.sizes[-1])
         key = (size, mode, prefix is not None)

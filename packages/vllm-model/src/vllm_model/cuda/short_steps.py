@@ -19,10 +19,11 @@ from vllm_model.cuda.device import Device, Graph
 from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import Forward
-from vllm_model.cuda.plans import FEW_ROWS, DecodePlans
+from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows
 from vllm_model.kernels._launch import launch
 from vllm_model.kernels.accept import accept
+from vllm_model.kernels.decode_plan import FEW_ROWS
 from vllm_traits.batch import Batch
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -133,7 +134,7 @@ class ShortSteps:
         token_ids = make(num, dtype=torch.int32, device=staged.device)
         grid = (-(-num // BLOCK),)
         launch(_begin_kernel, grid, staged, rows.tables, rows.last_token, token_ids, num, room, B=BLOCK)
-        plan = self._plans.update(lens, row_slots, forward.tables)
+        plan = self._plans.update(lens, row_slots, forward.tables, several=True)
 
         def attend(layer: int, q: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
             return forward.attend_few(layer, q, plan, width, starts)

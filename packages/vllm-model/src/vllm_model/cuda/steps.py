@@ -59,7 +59,8 @@ class Steps:
         most_logits = max(max_num_seqs, min(MOST_LOGITS, max_num_seqs * (1 + MAX_DRAFT_TOKENS)))
         self._sampler = sampler = DeviceSampler(device, rows, logits_rows, most_logits)
         self._forward = forward = Forward(device, decoder, cache, rows.tables)
-        plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size, 1 + MAX_DRAFT_TOKENS)
+        widest, fp8 = 1 + MAX_DRAFT_TOKENS, cache.scales is not None
+        plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size, widest, fp8=fp8)
         self._finisher = Finisher(device, rows, max_num_seqs * max(1 + MAX_DRAFT_TOKENS, 3 + 2 * MAX_LOGPROBS))
         self.decode = DecodeSteps(device, forward, rows, sampler, plans, self._finisher.ring)
         self.short = ShortSteps(device, forward, rows, sampler, plans)

@@ -17,22 +17,20 @@ import torch
 from triton.testing import do_bench_cudagraph
 
 from vllm_model.cuda.device import Device
-from vllm_model.cuda.plans import FEW_ROWS
 from vllm_model.cuda.steps import MAX_DRAFT_TOKENS
-from vllm_model.kernels.decode_plan import DecodeConfig, DecodePlan, default_decode_config
+from vllm_model.kernels.decode_plan import FEW_ROWS, DecodeConfig, DecodePlan, default_decode_config
 from vllm_model.kernels.gemv import GemvConfig, default_gemv_config, thin_linear
 from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import PrefillConfig, default_prefill_config, paged_prefill
-from vllm_model.kernels.shared_prefix import PREFIX_TILE
 from vllm_model.kernels.tuned import Ints
 from vllm_model.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-DECODE = [
+DECODE: list[Ints] = [
     *((64, 2, 4, 3), (64, 2, 4, 4), (64, 2, 4, 5), (64, 3, 4, 4), (64, 3, 4, 5), (64, 4, 4, 4), (64, 4, 2, 4), (64, 3, 2, 5)),
     *((32, 2, 4, 4), (32, 3, 4, 4), (32, 4, 4, 4), (32, 4, 4, 5), (32, 4, 2, 5), (32, 6, 2, 4), (32, 6, 4, 5), (32, 5, 1, 4)),
-    *((16, 4, 4, 4), (16, 8, 1, 5), (128, 1, 8, 4), (128, 2, 4, 4)),
+    *((16, 4, 4, 4), (16, 8, 1, 5), (128, 1, 8, 4), (128, 2, 4, 4), (128, 2, 4, 3), (64, 3, 2, 4)),
 ]
 """As :class:`DecodeConfig`."""
 PREFILL = [
@@ -44,6 +42,8 @@ THIN = [*product((1, 2, 4, 8), (256, 512, 1024, 2048, 4096), (1, 2, 4, 8))]
 """As :class:`GemvConfig`, but for those that :func:`_may_suit` leaves out."""
 FEW_LOADS, MANY_LOADS = [(1, 256), (8, 2000)], [(64, 640), (256, 600)]
 """Rows and keys of each."""
+SEVERAL = 5
+"""Query tokens of a row that are timed where rows have several."""
 CHUNKS = [(1, 0, 4096), (1, 4096, 512), (16, 0, 256)]
 """Rows, and of each the tokens cached and to run."""
 MOST_COPIES = 128
@@ -138,20 +138,21 @@ class Cases:
                 self._kv_dtypes.append(torch.float8_e4m3fn)
 
     def __iter__(self) -> Iterator[Case]:
-        yield from (self._decode(most, loads) for most, loads in ((FEW_ROWS, FEW_LOADS), (FEW_ROWS + 1, MANY_LOADS)))
+        for most, loads in ((FEW_ROWS, FEW_LOADS), (FEW_ROWS + 1, MANY_LOADS)):
+            yield from (self._decode(most, loads, *kind) for kind in product((False, True), self._kv_dtypes))
         yield self._prefill()
         yield from self._thin()
 
-    def _decode(self, most: int, loads: list[tuple[int, int]]) -> Case:
-        head_dim, few = self._config.head_dim, most <= FEW_ROWS
-        default = astuple(default_decode_config(head_dim, most, self._device))
-        shapes = _unique(default, [shape for shape in DECODE if few or shape[0] <= PREFIX_TILE])  # or no prefix is shared
-        queries = min(1 + MAX_DRAFT_TOKENS, max(1, 128 // self._group))
-        trials = [self._decode_load(1, 64, queries, dtype) for dtype in self._kv_dtypes]
-        timed = [self._decode_load(*load, 1, self._dtype) for load in loads]
-        return Case("decode", (head_dim, self._group, int(few)), default, shapes, timed, trials)
+    def _decode(self, most: int, loads: list[tuple[int, int]], several: bool, kv_dtype: torch.dtype) -> Case:
+        head_dim, group, fp8 = self._config.head_dim, self._group, kv_dtype == torch.float8_e4m3fn
+        default = astuple(default_decode_config(head_dim, group, most, self._device, several=several, fp8=fp8))
+        widest = min(1 + MAX_DRAFT_TOKENS, max(1, 128 // group)) if several else 1
+        trial = self._decode_load(1, 64, widest, kv_dtype, behind_prefix=not several)
+        timed = [self._decode_load(*load, min(widest, SEVERAL), kv_dtype) for load in loads]
+        key = (head_dim, group, int(most <= FEW_ROWS), int(several), int(fp8))
+        return Case("decode", key, default, _unique(default, DECODE), timed, [trial])
 
-    def _decode_load(self, rows: int, length: int, queries: int, kv_dtype: torch.dtype) -> Load:
+    def _decode_load(self, rows: int, length: int, queries: int, kv_dtype: torch.dtype, *, behind_prefix: bool = False) -> Load:
         config = self._config
         caches, tables, slots, scales = self._paged(rows, length, kv_dtype)
         rows = len(slots)
@@ -160,6 +161,8 @@ class Cases:
         options: dict[str, Any] = {"queries": queries, "out": out, "pdl": self._pdl, **scales}
         if queries > 1:
             options["first_positions"] = lens - queries
+        if behind_prefix:
+            options["lse"] = torch.empty(rows, config.num_heads, device=self._device)
 
         def load(shape: Ints) -> list[Launch]:
             plan = DecodePlan(

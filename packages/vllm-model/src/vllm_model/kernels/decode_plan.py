@@ -27,7 +27,10 @@ from vllm_model.kernels._launch import (
     wait_for_previous,
 )
 from vllm_model.kernels.tuned import lookup
+from vllm_model.kernels.warp_decode import has_warps, warps_take
 
+FEW_ROWS = 16
+"""Up to here decode attention runs in another shape: there is less to read than programs to start."""
 PLAN_FIELDS = 16
 """int32 of one program's plan: its run of the line (begin, end), the row, head and tile of its begin, the row and head of its
 last tile, tiles of one head, length of the line."""
@@ -134,8 +137,12 @@ class DecodeConfig:
     num_stages: int = 4
 
 
-def default_decode_config(head_dim: int, max_rows: int, device: torch.device) -> DecodeConfig:
+def default_decode_config(
+    head_dim: int, group: int, max_rows: int, device: torch.device, *, several: bool = False, fp8: bool = False
+) -> DecodeConfig:
     """Measured on an H200 for heads of 128; two stages of the pipeline go to the block table.
+
+    ``several``: for rows of several query tokens; ``fp8``: for a cache of e4m3.
 
     With less shared memory than Hopper's, what lets two programs share a multiprocessor: not measured. ``python -m
     vllm_model.tune`` measures on any card; :class:`DecodePlan` prefers what it found.
@@ -144,7 +151,15 @@ def default_decode_config(head_dim: int, max_rows: int, device: torch.device) ->
         return DecodeConfig(tile=32 if head_dim <= 128 else 16, programs_per_sm=2)
     if head_dim > 128:
         return DecodeConfig(tile=32, num_stages=4)
-    return DecodeConfig(tile=32, programs_per_sm=6, num_warps=2, num_stages=4) if max_rows > 16 else DecodeConfig()
+    if several:
+        return DecodeConfig(tile=64, programs_per_sm=2, num_stages=5)
+    few = max_rows <= FEW_ROWS
+    if fp8:
+        return DecodeConfig(tile=64, programs_per_sm=2) if few else DecodeConfig(tile=128, programs_per_sm=2, num_stages=3)
+    if few:
+        return DecodeConfig()
+    warps = warps_take(head_dim, group) and has_warps(device)
+    return DecodeConfig(32, 6, 2, 4) if warps else DecodeConfig(32, 4, 2, 5)
 
 
 class DecodePlan:
@@ -162,6 +177,7 @@ class DecodePlan:
         max_blocks: Most blocks of a sequence, the width of the block tables.
         block_size: Tokens of a block.
         max_queries: Most query tokens per sequence (speculation), ``max_queries * group <= 128``.
+        fp8: Whether the cache is e4m3, for the choice of the launch shape.
         config: Launch shape; when None, what was measured on this card, else :func:`default_decode_config`.
     """
 
@@ -176,6 +192,7 @@ class DecodePlan:
         max_blocks: int,
         block_size: int = 16,
         max_queries: int = 1,
+        fp8: bool = False,
         config: DecodeConfig | None = None,
     ) -> None:
         self.device = torch.device(device)
@@ -186,8 +203,11 @@ class DecodePlan:
         self.max_queries = max_queries
         self.leaves_newest = False
         if config is None:
-            measured = lookup("decode", (head_dim, self.group, int(max_rows <= 16)), self.device)
-            config = DecodeConfig(*measured) if measured else default_decode_config(head_dim, max_rows, self.device)
+            several = max_queries > 1
+            key = (head_dim, self.group, int(max_rows <= FEW_ROWS), int(several), int(fp8))
+            measured = lookup("decode", key, self.device)
+            default = default_decode_config(head_dim, self.group, max_rows, self.device, several=several, fp8=fp8)
+            config = DecodeConfig(*measured) if measured else default
         self.config = config
         self.programs = num_sms(self.device) * self.config.programs_per_sm
         rows = max(16, power_of_two(max_queries * self.group))

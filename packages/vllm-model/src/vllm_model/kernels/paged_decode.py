@@ -415,6 +415,7 @@ def paged_decode(
         launch_warps(q, kv_cache, plan, out, softmax_scale(head_dim, scale), pdl=pdl)
         return out
     config, m = plan.config, max(16, power_of_two(queries * plan.group))
+    stages = max(config.num_stages - (m > 32), 1)  # their scores and sums take the room of one
     launch(
         _decode_kernel,
         (plan.programs,),
@@ -445,11 +446,11 @@ def paged_decode(
         TILE=config.tile,
         UNIT=plan.unit,
         PROGRAMS=plan.programs,
-        STAGES=config.num_stages,
+        STAGES=stages,
         FP8=fp8,
         PDL=pdl,
         num_warps=max(config.num_warps, m // 16),
-        num_stages=config.num_stages,
+        num_stages=stages,
         **launch_options(pdl),
     )
     return out

@@ -29,11 +29,12 @@ Shapes = dict[tuple[str, Ints], Ints]
 """Launch shapes by kind and key."""
 
 KINDS = {
-    "decode": ("head_dim group few", "tile programs_per_sm num_warps num_stages"),
+    "decode": ("head_dim group few several fp8", "tile programs_per_sm num_warps num_stages"),
     "prefill": ("head_dim group", "block_m block_n num_warps num_stages"),
     "thin": ("n k gated rows", "block_n block_k num_warps"),
 }
-"""What launch shapes are chosen by, and what they are; ``few`` is 1 for up to 16 rows."""
+"""What launch shapes are chosen by, and what they are: ``few`` is 1 for up to 16 rows, ``several`` for more than one query
+token a row, ``fp8`` for a cache of e4m3."""
 
 
 @cache
