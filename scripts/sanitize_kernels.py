@@ -23,7 +23,7 @@ RUNS = {
         "-m",
         "gpu",
         "-k",
-        "(graph_follows or cluster_linear or (16-8-128 and not dtype1 and (warp_decode or on_the_card)))"
+        "(graph_follows or cluster_linear or several_queries or (16-8-128 and not dtype1 and (warp_decode or on_the_card)))"
         " and not library and not both_kinds",
     ],
 }

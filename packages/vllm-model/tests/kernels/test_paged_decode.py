@@ -26,18 +26,21 @@ def run(
     queries: int = 1,
     config: DecodeConfig | None = None,
     padding: tuple[int, ...] = (),
+    room: int = 3,
 ) -> None:
+    """``room``: rows of the plan behind those that are there."""
     paged = make_paged(lengths, kv_heads, head_dim, dtype, fp8=fp8, padding=padding)
     q = torch.randn(len(lengths) * queries, heads, head_dim, device=device).to(dtype)
     lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     plan = DecodePlan(
-        len(lengths) + 3,
+        len(lengths) + room,
         heads,
         kv_heads,
         head_dim,
         device,
         max_blocks=paged.tables.shape[1],
         max_queries=queries,
+        fp8=fp8,
         config=config,
     )
     plan.parts.fill_(float("nan"))
@@ -97,6 +100,7 @@ def test_the_plan_is_checked(device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("room", [3, 20])  # few rows and many have shapes of their own
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
@@ -107,6 +111,7 @@ def test_on_the_card(
     head_dim: int,
     dtype: torch.dtype,
     fp8: bool,
+    room: int,
     make_paged: Make,
     device: str,
     check: Check,
@@ -114,14 +119,19 @@ def test_on_the_card(
 ) -> None:
     monkeypatch.setattr("vllm_model.kernels.paged_decode.suits_warps", lambda *_: False)  # they have tests of their own
     lengths = [1, 0, 15, 16, 17, 63, 64, 65, 300, 1111, 4000, 3, 900]
-    run(lengths, heads, kv_heads, head_dim, dtype, make_paged, device, check, fp8=fp8, padding=(8,))
+    run(lengths, heads, kv_heads, head_dim, dtype, make_paged, device, check, fp8=fp8, padding=(8,), room=room)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("queries", [2, 4, 8])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_several_queries_on_the_card(queries: int, head_dim: int, make_paged: Make, device: str, check: Check) -> None:
-    run([8, 100, 2000, 17], 16, 8, head_dim, torch.bfloat16, make_paged, device, check, queries=queries)
+@pytest.mark.parametrize("room", [3, 20])
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("queries", [2, 5, 9])
+@pytest.mark.parametrize(("heads", "head_dim"), [(16, 64), (16, 128), (16, 256), (32, 128), (64, 128)])
+def test_several_queries_on_the_card(
+    heads: int, head_dim: int, queries: int, fp8: bool, room: int, make_paged: Make, device: str, check: Check
+) -> None:
+    options = {"queries": queries, "fp8": fp8, "room": room}
+    run([9, 100, 2000, 17], heads, 8, head_dim, torch.bfloat16, make_paged, device, check, **options)
 
 
 @pytest.mark.gpu

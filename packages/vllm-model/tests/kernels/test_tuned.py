@@ -126,9 +126,9 @@ def test_it_is_what_decode_plans_take(device: str) -> None:
     assert plan(17, max_queries=3) == DecodeConfig(16, 2, 1, 2)
     assert plan(16, fp8=True) == DecodeConfig(16, 3, 1, 2)
     where = torch.device(device)
-    assert plan(16) == default_decode_config(64, 2, 16, where)
-    assert plan(17, heads=8) == default_decode_config(64, 4, 17, where)
-    assert plan(16, max_queries=3, fp8=True) == default_decode_config(64, 2, 16, where, several=True, fp8=True)
+    assert plan(16) == default_decode_config(64, 16, where)
+    assert plan(17, heads=8) == default_decode_config(64, 17, where)
+    assert plan(16, max_queries=3, fp8=True) == default_decode_config(64, 16, where, several=True, fp8=True)
 
 
 def launched(module: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Cases:
 
     def _decode(self, most: int, loads: list[tuple[int, int]], several: bool, kv_dtype: torch.dtype) -> Case:
         head_dim, group, fp8 = self._config.head_dim, self._group, kv_dtype == torch.float8_e4m3fn
-        default = astuple(default_decode_config(head_dim, group, most, self._device, several=several, fp8=fp8))
+        default = astuple(default_decode_config(head_dim, most, self._device, several=several, fp8=fp8))
         widest = min(1 + MAX_DRAFT_TOKENS, max(1, 128 // group)) if several else 1
         trial = self._decode_load(1, 64, widest, kv_dtype, behind_prefix=not several)
         timed = [self._decode_load(*load, min(widest, SEVERAL), kv_dtype) for load in loads]

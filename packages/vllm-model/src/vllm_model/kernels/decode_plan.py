@@ -27,7 +27,6 @@ from vllm_model.kernels._launch import (
     wait_for_previous,
 )
 from vllm_model.kernels.tuned import lookup
-from vllm_model.kernels.warp_decode import has_warps, warps_take
 
 FEW_ROWS = 16
 """Up to here decode attention runs in another shape: there is less to read than programs to start."""
@@ -138,7 +137,7 @@ class DecodeConfig:
 
 
 def default_decode_config(
-    head_dim: int, group: int, max_rows: int, device: torch.device, *, several: bool = False, fp8: bool = False
+    head_dim: int, max_rows: int, device: torch.device, *, several: bool = False, fp8: bool = False
 ) -> DecodeConfig:
     """Measured on an H200 for heads of 128; two stages of the pipeline go to the block table.
 
@@ -151,15 +150,12 @@ def default_decode_config(
         return DecodeConfig(tile=32 if head_dim <= 128 else 16, programs_per_sm=2)
     if head_dim > 128:
         return DecodeConfig(tile=32, num_stages=4)
-    if several:
-        return DecodeConfig(tile=64, programs_per_sm=2, num_stages=5)
     few = max_rows <= FEW_ROWS
-    if fp8:
-        return DecodeConfig(tile=64, programs_per_sm=2) if few else DecodeConfig(tile=128, programs_per_sm=2, num_stages=3)
-    if few:
-        return DecodeConfig()
-    warps = warps_take(head_dim, group) and has_warps(device)
-    return DecodeConfig(32, 6, 2, 4) if warps else DecodeConfig(32, 4, 2, 5)
+    if fp8 and not few:
+        return DecodeConfig(tile=128, programs_per_sm=2, num_stages=3)
+    if several or fp8:
+        return DecodeConfig(tile=64, programs_per_sm=2, num_stages=5 if several else 4)
+    return DecodeConfig() if few else DecodeConfig(tile=32, programs_per_sm=6, num_warps=2)
 
 
 class DecodePlan:
@@ -206,7 +202,7 @@ class DecodePlan:
             several = max_queries > 1
             key = (head_dim, self.group, int(max_rows <= FEW_ROWS), int(several), int(fp8))
             measured = lookup("decode", key, self.device)
-            default = default_decode_config(head_dim, self.group, max_rows, self.device, several=several, fp8=fp8)
+            default = default_decode_config(head_dim, max_rows, self.device, several=several, fp8=fp8)
             config = DecodeConfig(*measured) if measured else default
         self.config = config
         self.programs = num_sms(self.device) * self.config.programs_per_sm

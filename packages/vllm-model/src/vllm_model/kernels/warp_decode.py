@@ -14,16 +14,13 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_model.kernels._cuda import compiled, launch_cuda, pointer, tensor_map, text_of
 from vllm_model.kernels._launch import take_down, with_room
 from vllm_model.kernels._paged import query_group, softmax_scale
-
-if TYPE_CHECKING:
-    from vllm_model.kernels.decode_plan import DecodePlan
+from vllm_model.kernels.decode_plan import DecodePlan
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +55,7 @@ class Rotary:
             raise ValueError("q_weight and k_weight come together")
 
 
-def stages(plan: "DecodePlan") -> int:
+def stages(plan: DecodePlan) -> int:
     """Tiles that one program has under way."""
     return min(STAGE_BYTES // (plan.config.programs_per_sm * 4 * plan.config.tile * plan.head_dim), 8)
 
@@ -95,16 +92,11 @@ def has_warps(device: torch.device) -> bool:
         return False
 
 
-def warps_take(head_dim: int, group: int) -> bool:
-    """Whether the program is written for such heads."""
-    return head_dim in (64, 128) and group <= COLUMNS
-
-
-def suits_warps(plan: "DecodePlan", kv_cache: torch.Tensor, dtype: torch.dtype, rotary_dim: int | None = None) -> bool:
+def suits_warps(plan: DecodePlan, kv_cache: torch.Tensor, dtype: torch.dtype, rotary_dim: int | None = None) -> bool:
     """Whether warps do it for one query a row, of a type; with ``rotary_dim`` from QKV as the product gave it."""
     group, head_dim, tile = plan.group, plan.head_dim, plan.config.tile
-    shape = warps_take(head_dim, group) and plan.block_size == PAGE and tile in TILES and stages(plan) >= 2
-    heads = rotary_dim is None or (group < COLUMNS and rotary_dim == head_dim)  # the key is one more
+    shape = head_dim in (64, 128) and plan.block_size == PAGE and tile in TILES and stages(plan) >= 2
+    heads = group <= COLUMNS if rotary_dim is None else group < COLUMNS and rotary_dim == head_dim  # the key is one more
     types = dtype == kv_cache.dtype and dtype in (torch.bfloat16, torch.float16)
     aligned = kv_cache.data_ptr() % 16 == 0 and kv_cache.stride(0) % 8 == 0
     return shape and heads and types and aligned and has_warps(kv_cache.device)
@@ -113,7 +105,7 @@ def suits_warps(plan: "DecodePlan", kv_cache: torch.Tensor, dtype: torch.dtype, 
 def launch_warps(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
-    plan: "DecodePlan",
+    plan: DecodePlan,
     out: torch.Tensor,
     scale: float,
     *,
@@ -146,7 +138,7 @@ def launch_warps(
 def rotary_decode(
     heads: torch.Tensor,
     kv_cache: torch.Tensor,
-    plan: "DecodePlan",
+    plan: DecodePlan,
     rotary: Rotary,
     *,
     scale: float | None = None,
