@@ -4,6 +4,7 @@
 Without a CUDA device, for Triton's interpreter, work runs at once and a graph runs anew what it captured.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -23,6 +24,18 @@ class Graph:
     staged: torch.Tensor
     replay: Callable[[], torch.Tensor]
     """Runs it and returns its tokens or hidden states, always the same tensor on a CUDA device."""
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A graph of an engine that is gone, destroyed while another one is recorded, would end the recording."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Device:
@@ -107,14 +120,15 @@ class Device:
     def _record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool)
-        try:
-            result = run()
-        except BaseException:
-            with suppress(RuntimeError):
-                graph.capture_end()
-            raise
-        graph.capture_end()
+        with _no_garbage_collection():
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # what others do meanwhile is their affair
+            try:
+                result = run()
+            except BaseException:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph, result
 
     def taken_by(self, run: Callable[[], object]) -> tuple[int, int]:
