@@ -71,6 +71,7 @@ def test_without_a_card_or_a_file_there_is_nothing(monkeypatch: pytest.MonkeyPat
         lambda text: text.replace('"thin"', '"thick"'),
         lambda text: json.dumps(json.loads(text) | {"triton": "2.1.0"}),
         lambda text: json.dumps(json.loads(text) | {"vllm_model": "0.0.9"}),
+        lambda text: text.replace('"vllm_model"', '"of"'),
         lambda text: json.dumps(json.loads(text) | {"decode": [1]}),
     ],
 )
@@ -88,6 +89,7 @@ def test_a_file_that_is_not_for_us_is_ignored_with_one_warning(
 
 def test_another_patch_of_triton_or_ours_will_do(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuned.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(tuned, "__version__", "0.1.0")
     tuned.save(SHAPES, CARD)
     monkeypatch.setattr(tuned.triton, "__version__", "3.6.1+git")
     monkeypatch.setattr(tuned, "__version__", "0.1.7")

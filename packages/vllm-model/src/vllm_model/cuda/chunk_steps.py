@@ -50,7 +50,7 @@ class ChunkSteps:
             if THIN_ROWS < size < MANY_TOKENS:
                 self._run(self._empty(size), size, as_prompt=False)
         if self._has_prompt:
-            take_down("attention of a prompt", lambda: self._forward.plan_prompt(self._sizes[-1]))
+            take_down("attention of a prompt", self._forward.load_library)
 
     def capture_all(self) -> None:
         """The graphs of all sizes, the largest first."""

@@ -14,7 +14,7 @@ from vllm_model.cuda.rows import DeviceRows
 from vllm_model.cuda.shared_rows import SharedPrefix, SharedPrefixes
 from vllm_model.kernels._launch import power_of_two
 from vllm_model.kernels.decode_plan import FEW_ROWS
-from vllm_model.kernels.shared_prefix import PREFIX_TILE, PrefixWorkspace, join_prefix
+from vllm_model.kernels.shared_prefix import PrefixWorkspace, join_prefix
 from vllm_traits.batch import Batch
 
 GRAPH_SIZES = (1, 2, 4, *range(8, 129, 8), *range(144, 257, 16))
@@ -55,7 +55,7 @@ class DecodeSteps:
         self.sizes = [*(size for size in GRAPH_SIZES if size < most), most]
         self.graphs: dict[tuple[int, Sampling, bool], Graph] = {}
         """By rows, mode of sampling, and whether a shared prefix is read apart."""
-        self.prefixes = SharedPrefixes(max(PREFIX_TILE, plans.of(most).config.tile))  # tiles, of what reads what, are whole
+        self.prefixes = SharedPrefixes()
         self._prefix_workspace = PrefixWorkspace(most, config.num_heads, config.head_dim, device.device)
         self._staging = [device.pinned(FIELDS * most + TAIL) for _ in range(RING)]
         self._turn = 0

@@ -8,6 +8,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,20 @@ class Graph:
     """Runs it and returns its tokens or hidden states, always the same tensor on a CUDA device."""
 
 
+_RECORDING = Lock()
+
+
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A graph of an engine that is gone, destroyed while another one is recorded, would end the recording."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _alone() -> Iterator[None]:
+    """One recording at a time, and no garbage collection: a graph of an engine that is gone would end it by being destroyed."""
+    with _RECORDING:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 class Device:
@@ -120,7 +125,7 @@ class Device:
     def _record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with _no_garbage_collection():
+        with _alone():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # what others do meanwhile is their affair
             try:
                 result = run()

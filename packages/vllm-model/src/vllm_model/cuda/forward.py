@@ -13,7 +13,7 @@ from vllm_model.decoder import Decoder
 from vllm_model.kernels.cluster_linear import has_clusters
 from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.kernels.gemv import thin_linear
-from vllm_model.kernels.library_prefill import can_use_library, library_prefill, padded
+from vllm_model.kernels.library_prefill import LEAST, can_use_library, library_prefill, padded
 from vllm_model.kernels.linear import LinearWorkspace
 from vllm_model.kernels.linear_table import choose_linear, has_table
 from vllm_model.kernels.paged_decode import paged_decode
@@ -179,12 +179,12 @@ class Forward:
             q, cache.layers[layer], self.tables, leader, workspace, k_scale=scales[0], v_scale=scales[1], pdl=self._pdl
         )
 
-    def plan_prompt(self, length: int) -> None:
-        """Have the library plan its attention of whole prompts of this length, and load what it needs."""
+    def load_library(self) -> None:
+        """Have the library of :meth:`attend_prompt` loaded, by a short prompt; its plans are each thread's own."""
         config, like = self.config, self._decoder.embedding
-        heads = like.new_zeros(padded(length), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        heads = like.new_zeros(padded(LEAST), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        library_prefill(q, k, v, length)
+        library_prefill(q, k, v, LEAST)
 
     def attend_prompt(self, q: torch.Tensor, qkv: torch.Tensor, start: int, length: int) -> torch.Tensor:
         """The library's attention of the whole prompt at ``start`` of the step; ``q`` and ``qkv`` have room behind it."""

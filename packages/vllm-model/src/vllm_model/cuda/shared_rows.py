@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vllm_model.kernels.shared_prefix import PREFIX_TILE
 from vllm_traits.batch import Batch
 
 SHARED_ROWS = 17
@@ -23,14 +24,9 @@ class SharedPrefix:
 
 
 class SharedPrefixes:
-    """Finds it, and remembers it while the same rows run.
+    """Finds it, and remembers it while the same rows run."""
 
-    Args:
-        step: Its length is a multiple of this.
-    """
-
-    def __init__(self, step: int) -> None:
-        self._step = step
+    def __init__(self) -> None:
         self._key = b""
         self._found: SharedPrefix | None = None
 
@@ -51,7 +47,7 @@ class SharedPrefixes:
                 members = state.block_tables[slots, 0] == blocks[counts.argmax()]
                 tables = state.block_tables[slots[members], : int((batch.num_computed[members] // state.block_size).min())]
                 same = np.append((tables == tables[0]).all(axis=0), False)
-                length = int(same.argmin()) * state.block_size // self._step * self._step
+                length = int(same.argmin()) * state.block_size // PREFIX_TILE * PREFIX_TILE
                 if length >= SHARED_TOKENS:
                     self._found = SharedPrefix(int(slots[members][0]), length, members)
         return self._found

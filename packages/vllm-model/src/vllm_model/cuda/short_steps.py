@@ -21,7 +21,7 @@ from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import Forward
 from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows
-from vllm_model.kernels._launch import launch
+from vllm_model.kernels._launch import launch, power_of_two
 from vllm_model.kernels.accept import accept
 from vllm_model.kernels.decode_plan import FEW_ROWS
 from vllm_traits.batch import Batch
@@ -72,7 +72,9 @@ class ShortSteps:
 
     def compile(self) -> None:
         """Launch what the steps need, for :meth:`Device.compile`."""
-        for width in self._widths[:: len(self._widths) - 1 or 1]:
+        group = self._plans.of(1, several=True).group
+        tiles = {max(16, power_of_two(width * group)): width for width in self._widths}  # of decode attention's products
+        for width in sorted({*self._widths[:1], *tiles.values()}):
             for size in {1, min(FEW_ROWS + 1, self._rows.max_num_seqs)}:
                 if size * width <= self._sampler.max_rows:
                     self._run(self._empty(size, width), size, width, Sampling(), torch.zeros)

@@ -130,6 +130,7 @@ class Cases:
         self._config, self._device, self._pdl = config, device.device, device.pdl
         self._dtype = torch.float16 if config.dtype == "float16" else torch.bfloat16
         self._group = config.num_heads // config.num_kv_heads
+        self._widest = min(1 + MAX_DRAFT_TOKENS, max(1, 128 // self._group))
         self._cached, self._memory, self._kv_dtypes = 0, 1 << 40, [self._dtype]
         if self._device.type == "cuda":
             card = torch.cuda.get_device_properties(self._device)
@@ -139,18 +140,20 @@ class Cases:
 
     def __iter__(self) -> Iterator[Case]:
         for most, loads in ((FEW_ROWS, FEW_LOADS), (FEW_ROWS + 1, MANY_LOADS)):
-            yield from (self._decode(most, loads, *kind) for kind in product((False, True), self._kv_dtypes))
+            several = (False, True) if self._widest > 1 else (False,)
+            yield from (self._decode(most, loads, *kind) for kind in product(several, self._kv_dtypes))
         yield self._prefill()
         yield from self._thin()
 
     def _decode(self, most: int, loads: list[tuple[int, int]], several: bool, kv_dtype: torch.dtype) -> Case:
         head_dim, group, fp8 = self._config.head_dim, self._group, kv_dtype == torch.float8_e4m3fn
         default = astuple(default_decode_config(head_dim, most, self._device, several=several, fp8=fp8))
-        widest = min(1 + MAX_DRAFT_TOKENS, max(1, 128 // group)) if several else 1
-        trial = self._decode_load(1, 64, widest, kv_dtype, behind_prefix=not several)
-        timed = [self._decode_load(*load, min(widest, SEVERAL), kv_dtype) for load in loads]
+        # Whatever takes the most shared memory: few tokens have one more stage under way, many more scores.
+        widths = sorted({2, self._widest}) if several else [1]
+        trials = [self._decode_load(1, 64, width, kv_dtype, behind_prefix=not several) for width in widths]
+        timed = [self._decode_load(*load, min(widths[-1], SEVERAL), kv_dtype) for load in loads]
         key = (head_dim, group, int(most <= FEW_ROWS), int(several), int(fp8))
-        return Case("decode", key, default, _unique(default, DECODE), timed, [trial])
+        return Case("decode", key, default, _unique(default, DECODE), timed, trials)
 
     def _decode_load(self, rows: int, length: int, queries: int, kv_dtype: torch.dtype, *, behind_prefix: bool = False) -> Load:
         config = self._config

@@ -31,10 +31,10 @@ _TAKING_DOWN: ContextVar[TakenDown | None] = ContextVar("_TAKING_DOWN", default=
 
 
 def compile_together(runs: Iterable[Callable[[], object]], later: Iterable[Callable[[], object]] = ()) -> None:
-    """Compile in Triton's cache what these would launch, several kernels at once; nothing is launched.
+    """Compile in Triton's cache what these would launch, several kernels at once; no kernel of ours is launched.
 
     Args:
-        runs: It returns when these need no compiler.
+        runs: It returns when these need no compiler, and what they had taken down is done.
         later: Triton's kernels of these are compiled behind it.
     """
     prepared = prepare()

@@ -234,7 +234,7 @@ class DecodePlan:
             seq_lens: int32 ``[rows]``, keys of each row with this step's own; on the device, read there.
             slots: int32 ``[rows]``; -1: padding, as if its length were 0.
             block_tables: int32 ``[max_slots, max_blocks]``.
-            skips: int32 ``[rows]``: leave out that many first keys, whole tiles; for one query a row.
+            skips: int32 ``[rows]``: leave out that many first keys, a multiple of ``unit``; for one query a row.
             leave_newest: Leave each row's last key to whoever begins its pairs, as :func:`rotary_decode` wants it.
             pdl: Programmatic dependent launch.
 

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, misc"
 # ruff: noqa: N803  constexpr arguments are upper case in Triton
-"""Decode attention over a paged KV cache: one to eight query tokens per sequence, any lengths, one fixed grid.
+"""Decode attention over a paged KV cache: one or a few query tokens per sequence, any lengths, one fixed grid.
 
 :mod:`decode_plan` says which tiles of which (sequence, KV head) pairs a program takes. A pair within one program is written at
 once. Of a pair cut between programs each part leaves (sum, maximum, weighted values) in the workspace, and the program that

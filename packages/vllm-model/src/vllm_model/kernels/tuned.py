@@ -91,8 +91,9 @@ def _read(name: str) -> Shapes:
     try:
         kept = json.loads(path.read_bytes())
         for program, version in _versions().items():
-            if _minor(kept[program]) != _minor(version):
-                raise ValueError(f"it is of {program} {kept[program]}, and here is {version}")
+            other = kept.get(program, "an older version")
+            if _minor(other) != _minor(version):
+                raise ValueError(f"it is of {program} {other}, and here is {version}")
         return {
             (kind, _parsed(by, key)): _parsed(what, shape)
             for kind, (by, what) in KINDS.items()
