@@ -38,7 +38,7 @@ def run(
     skips = torch.tensor([0 if row in strangers else prefix for row in range(rows)], dtype=torch.int32, device=device)
     leader = torch.tensor([slots[0], prefix], dtype=torch.int32, device=device)
     config = None if device == "cuda" else DecodeConfig(tile=32, num_stages=1)
-    plan = DecodePlan(rows, heads, kv_heads, head_dim, device, max_blocks=paged.tables.shape[1], config=config)
+    plan = DecodePlan(rows, heads, kv_heads, head_dim, device, max_blocks=paged.tables.shape[1], fp8=fp8, config=config)
     workspace = PrefixWorkspace(rows, heads, head_dim, device)
     for buffer in (workspace.parts, workspace.stats, workspace.lse, plan.parts, plan.stats):
         buffer.fill_(float("nan"))
@@ -88,4 +88,4 @@ def test_on_the_card(
     heads: int, kv_heads: int, head_dim: int, fp8: bool, make_paged: Callable[..., Any], device: str, check: Check
 ) -> None:
     lengths = torch.randint(1100, 1500, (70,)).tolist()
-    run(1024, lengths, {3, 40}, heads, kv_heads, head_dim, make_paged, device, check, fp8=fp8)
+    run(1088, lengths, {3, 40}, heads, kv_heads, head_dim, make_paged, device, check, fp8=fp8)
