@@ -123,8 +123,8 @@ def test_filters(vocab: int, case: dict[str, float], dtype: torch.dtype, device:
 
 
 def test_the_distribution_is_the_softmax(device: str) -> None:
-    vocab, draws = 8, 2048
-    logits = torch.randn(1, vocab, device=device).repeat(draws, 1)
+    vocab, draws = 8, 2048 if device == "cuda" else 512
+    logits = (2 * torch.rand(1, vocab, device=device)).repeat(draws, 1)  # so that no token is rare
     slots = torch.zeros(draws, dtype=torch.int32, device=device)
     p = parameters(device, temperature=0.8, seed=11)
     got = sample(logits, slots, torch.arange(draws, device=device), **p, workspace=SamplerWorkspace(draws, device))
