@@ -20,7 +20,7 @@ from vllm_model.cuda.device import Device
 from vllm_model.cuda.steps import MAX_DRAFT_TOKENS
 from vllm_model.kernels.decode_plan import FEW_ROWS, DecodeConfig, DecodePlan, default_decode_config
 from vllm_model.kernels.gemv import GemvConfig, default_gemv_config, thin_linear
-from vllm_model.kernels.paged_decode import paged_decode
+from vllm_model.kernels.paged_decode import FULL_STAGE_ROWS, paged_decode
 from vllm_model.kernels.paged_prefill import PrefillConfig, default_prefill_config, paged_prefill
 from vllm_model.kernels.tuned import Ints
 from vllm_model.model_config import ModelConfig
@@ -148,8 +148,8 @@ class Cases:
     def _decode(self, most: int, loads: list[tuple[int, int]], several: bool, kv_dtype: torch.dtype) -> Case:
         head_dim, group, fp8 = self._config.head_dim, self._group, kv_dtype == torch.float8_e4m3fn
         default = astuple(default_decode_config(head_dim, most, self._device, several=several, fp8=fp8))
-        # Whatever takes the most shared memory: few tokens have one more stage under way, many more scores.
-        widths = sorted({2, self._widest}) if several else [1]
+        # Whatever takes the most shared memory: the widest, and the widest with all stages.
+        widths = sorted({max(2, min(FULL_STAGE_ROWS // group, self._widest)), self._widest}) if several else [1]
         trials = [self._decode_load(1, 64, width, kv_dtype, behind_prefix=not several) for width in widths]
         timed = [self._decode_load(*load, min(widths[-1], SEVERAL), kv_dtype) for load in loads]
         key = (head_dim, group, int(most <= FEW_ROWS), int(several), int(fp8))

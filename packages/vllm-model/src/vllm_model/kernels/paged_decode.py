@@ -17,6 +17,9 @@ from vllm_model.kernels.decode_plan import DecodePlan
 from vllm_model.kernels.qk_norm_rope import gather_cache_reference
 from vllm_model.kernels.warp_decode import launch_warps, suits_warps
 
+FULL_STAGE_ROWS = 32
+"""Most rows of the products, query tokens by heads, for which all stages of the pipeline are there."""
+
 
 @triton.jit
 def _start_pair(
@@ -415,7 +418,7 @@ def paged_decode(
         launch_warps(q, kv_cache, plan, out, softmax_scale(head_dim, scale), pdl=pdl)
         return out
     config, m = plan.config, max(16, power_of_two(queries * plan.group))
-    stages = max(config.num_stages - (m > 32), 1)  # their scores and sums take the room of one
+    stages = max(config.num_stages - (m > FULL_STAGE_ROWS), 1)  # their scores and sums take the room of one
     launch(
         _decode_kernel,
         (plan.programs,),
