@@ -9,7 +9,8 @@ from types import ModuleType
 import pytest
 
 pytest.importorskip("triton")
-from vllm_model.kernels._compilers import Job, compile_jobs
+from vllm_model.kernels import _compilers
+from vllm_model.kernels._compilers import Crew, Job
 
 
 class Kernel:
@@ -40,9 +41,11 @@ def done(folder: Path) -> dict[str, int]:
 
 
 def test_every_kernel_is_compiled_by_another_process_which_then_ends(job: Job, tmp_path: Path) -> None:
-    rest = compile_jobs([(*job[:2], str(i % 40)) for i in range(50)], None)
-    assert rest is not None
-    rest.join()
+    with Crew(None) as crew:
+        for i in range(50):
+            crew.add((*job[:2], str(i % 40)), 1)
+    assert crew.rest is not None
+    crew.rest.join()
     pids = set(done(tmp_path).values())
     assert set(done(tmp_path)) == {str(i) for i in range(40)}
     assert os.getpid() not in pids
@@ -51,34 +54,85 @@ def test_every_kernel_is_compiled_by_another_process_which_then_ends(job: Job, t
             os.waitpid(pid, os.WNOHANG)
 
 
+def test_it_begins_while_others_are_found_out(job: Job, tmp_path: Path) -> None:
+    with Crew(None) as crew:
+        crew.add((*job[:2], "a"), 1)
+        end = time.monotonic() + 30
+        while not done(tmp_path) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert set(done(tmp_path)) == {"a"}
+        crew.add((*job[:2], "b"), 1)
+    assert set(done(tmp_path)) == {"a", "b"}
+
+
+def test_the_longest_of_those_that_wait_is_next(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_compilers, "MOST_PROCESSES", 1)
+    with Crew(None) as crew:
+        crew.add((*job[:2], "first"), 1)
+        for later, length in [(True, 9), (False, 2), (False, 8), (False, 5)]:
+            crew.add((*job[:2], f"{later}{length}"), length, later=later)
+    assert crew.rest is not None
+    crew.rest.join()
+    order = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.name for path in order] == ["first", "False8", "False5", "False2", "True9"]
+
+
 def test_later_kernels_are_compiled_while_the_caller_goes_on(job: Job, tmp_path: Path) -> None:
-    now, later = [[(*job[:2], f"{name}{i}") for i in range(60)] for name in ("now", "later")]
-    rest = compile_jobs(now, None, later=later)
-    assert rest is not None
-    there = {path.name for path in tmp_path.iterdir()}
-    assert there >= {name for *_, name in now}
-    assert there != {name for *_, name in now + later}
-    rest.join()
-    assert set(done(tmp_path)) == {name for *_, name in now + later}
+    now, later = [{f"{name}{i}" for i in range(60)} for name in ("now", "later")]
+    with Crew(None) as crew:
+        for name in [*later, *now]:
+            crew.add((*job[:2], name), 1, later=name in later)
+    there = set(done(tmp_path))
+    assert there >= now
+    assert there != now | later
+    assert crew.rest is not None
+    crew.rest.join()
+    assert set(done(tmp_path)) == now | later
 
 
 def test_other_work_is_done_by_threads_meanwhile(job: Job, tmp_path: Path) -> None:
     pids: list[int] = []
-    compile_jobs([(*job[:2], "a")], None, others=[lambda: pids.append(os.getpid())] * 3)
+    with Crew(None) as crew:
+        crew.add((*job[:2], "a"), 1)
+        crew.add_others([lambda: pids.append(os.getpid())] * 3)
     assert pids == [os.getpid()] * 3
-    assert compile_jobs([], None, others=[lambda: pids.append(0)]) is None
+    with Crew(None) as crew:
+        crew.add_others([lambda: pids.append(0)])
     assert pids[-1] == 0
-    with pytest.raises(ZeroDivisionError):
-        compile_jobs([], None, others=[lambda: 1 // 0])
+    assert crew.rest is None
+    with pytest.raises(ZeroDivisionError), Crew(None) as crew:
+        crew.add_others([lambda: 1 // 0])
+
+
+def test_processes_end_also_if_nobody_waits_for_them(job: Job, tmp_path: Path) -> None:
+    crew = Crew(None)
+
+    def find_out() -> None:
+        with crew:
+            crew.add((*job[:2], "a"), 1)
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        find_out()
+    assert crew.rest is not None
+    crew.rest.join()
+    for pid in done(tmp_path).values():
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 def test_what_does_not_compile_is_left(job: Job, tmp_path: Path) -> None:
-    compile_jobs([(*job[:2], each) for each in ("a", "raises", "b")] + [("no_such_module", "kernel", "")], None)
+    with Crew(None) as crew:
+        for each in ("a", "raises", "b"):
+            crew.add((*job[:2], each), 1)
+        crew.add(("no_such_module", "kernel", ""), 1)
     assert set(done(tmp_path)) == {"a", "b"}
 
 
 def test_processes_that_die_are_not_waited_for(job: Job, tmp_path: Path) -> None:
     start = time.monotonic()
-    compile_jobs([(*job[:2], each) for each in ("dies", "a", "b", "c")], None)
+    with Crew(None) as crew:
+        for each in ("dies", "a", "b", "c"):
+            crew.add((*job[:2], each), 1)
     assert time.monotonic() - start < 10
     assert set(done(tmp_path)) <= {"a", "b", "c"}

@@ -62,16 +62,22 @@ class DecodeSteps:
 
     def compile(self) -> None:
         """Launch what the steps need, for :meth:`Device.compile`."""
-        first, last = self.sizes[0], self.sizes[-1]
-        for size in sorted({first, *(min(size, last) for size in (2, 64, 96, 128)), last}):
+        for size in self._kinds():
             self._run(self._empty(size), size, Sampling(), False, torch.zeros)  # what is not launched leaves no token ids
+        last = self.sizes[-1]
         if last > FEW_ROWS:
             self._run(self._empty(last), last, Sampling(), True, torch.zeros)
 
+    def _kinds(self) -> list[int]:
+        """Sizes whose steps have all kernels that those of any size have."""
+        first, last = self.sizes[0], self.sizes[-1]
+        return sorted({first, *(min(size, last) for size in (2, 64, 96, 128)), last})
+
     def capture_all(self) -> None:
         """The graphs of all sizes, the largest first: the others fit into its memory."""
-        for size in reversed(self.sizes):
-            self.graphs[size, Sampling(), False] = self._capture(size, Sampling(), False)
+        kinds = self._kinds()
+        for size in [*reversed(kinds), *(size for size in reversed(self.sizes) if size not in kinds)]:
+            self.graphs[size, Sampling(), False] = self._capture(size, Sampling(), False, has_run=size not in kinds)
 
     def capture_widest(self) -> list[Graph]:
         """The graphs that take the most memory, to be measured."""
@@ -79,7 +85,7 @@ class DecodeSteps:
 
     def capture_least(self) -> list[Graph]:
         """Some that take only what every graph does, to be measured after the widest."""
-        return [self._capture(self.sizes[0], Sampling(), False) for _ in range(LEAST_GRAPHS)]
+        return [self._capture(self.sizes[0], Sampling(), False, has_run=i > 0) for i in range(LEAST_GRAPHS)]
 
     def run(self, batch: Batch, mode: Sampling, place: int | None) -> torch.Tensor:
         """Start a step: what :meth:`DeviceSampler.keep` returns; the tokens also go to this place of the ring, if given."""
@@ -115,9 +121,9 @@ class DecodeSteps:
         staged[(FIELDS - 1) * size : -2] = 0  # the place of the ring stays none
         return staged
 
-    def _capture(self, size: int, mode: Sampling, shared: bool) -> Graph:
+    def _capture(self, size: int, mode: Sampling, shared: bool, *, has_run: bool = False) -> Graph:
         staged = self._empty(size)
-        return self._device.capture(staged, lambda: self._run(staged, size, mode, shared))
+        return self._device.capture(staged, lambda: self._run(staged, size, mode, shared), has_run=has_run)
 
     def _run(
         self, staged: torch.Tensor, size: int, mode: Sampling, shared: bool, make: Callable[..., torch.Tensor] = torch.empty

@@ -104,16 +104,28 @@ class Device:
         places = np.cumsum([0, *(len(array) + -len(array) % 4 for array in arrays)]).tolist()
         return [flat[at : at + len(array)] for at, array in zip(places, arrays, strict=False)]
 
-    def capture(self, staged: torch.Tensor, run: Callable[[], torch.Tensor]) -> Graph:
-        """Run once, which compiles what is not compiled yet, then as a graph."""
+    def capture(self, staged: torch.Tensor, run: Callable[[], torch.Tensor], *, has_run: bool = False) -> Graph:
+        """Run once, which compiles and loads what is not there yet, then as a graph.
+
+        Args:
+            staged: What the graph reads.
+            run: What it does.
+            has_run: Its kernels have run, in this graph or others, so it is recorded at once.
+        """
         if self._stream is None:
             return Graph(staged, run)
-        run()
+        if not has_run:
+            run()
         try:
             graph, result = self._record(run)
         except torch.OutOfMemoryError:
             self.reclaim()  # while a graph is recorded, memory that is cached cannot be given back for it
             graph, result = self._record(run)
+        except RuntimeError:
+            if not has_run:
+                raise
+            self._pool = None  # torch takes the old one for in use
+            return self.capture(staged, run)
         self._pool = self._pool or graph.pool()
 
         def replay() -> torch.Tensor:
@@ -126,7 +138,9 @@ class Device:
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
         with _alone():
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # what others do meanwhile is their affair
+            graph.capture_begin(
+                pool=self._pool, capture_error_mode="relaxed"
+            )  # a kernel may be loaded, here or by another thread
             try:
                 result = run()
             except BaseException:

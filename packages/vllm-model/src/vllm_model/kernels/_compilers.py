@@ -13,15 +13,17 @@ import os
 import signal
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from heapq import heappop, heappush
 from importlib import import_module
 from threading import Thread
 from typing import Any
 
+from triton import knobs
 from triton.compiler import make_backend
 from triton.runtime import driver
 
@@ -37,7 +39,7 @@ MESSAGE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Prepared:
-    """What Triton does once before it compiles, in a thread.
+    """What Triton does once before it compiles, in threads.
 
     Attributes:
         target: What for, its ``GPUTarget``: it builds a module in C to ask.
@@ -53,85 +55,106 @@ def prepare() -> Prepared:
     """Begin it, once a process."""
 
     def read() -> None:
-        make_backend(target.result()).hash()
         with suppress(ImportError):
             from triton.runtime.cache import triton_key
 
             triton_key()
+        make_backend(target.result()).hash()
 
-    pool = ThreadPoolExecutor(1)
+    pool = ThreadPoolExecutor(2)
     target = pool.submit(lambda: driver.active.get_current_target())
     keys = pool.submit(read)
     pool.shutdown(wait=False)
     return Prepared(target, keys)
 
 
-def compile_jobs(
-    jobs: Sequence[Job], target: Any, *, later: Sequence[Job] = (), others: Iterable[Callable[[], object]] = ()
-) -> Thread | None:
-    """Compile kernels in their order: the slow ones had better be the first.
+class Crew:
+    """Processes that compile kernels while more are found out; where the context ends, all that is not for later is done.
+
+    They are forked for the first kernel, so before there are threads that matter.
 
     Args:
-        jobs: It returns when these are compiled.
         target: What for, Triton's ``GPUTarget``.
-        later: These are compiled behind them, while the caller goes on.
-        others: What is done by threads at the same time; it returns when that is done too.
 
-    Returns:
-        What ends when all is done; None if nothing is left.
-    """
-    order = [*dict.fromkeys([*jobs, *later])]
-    crew = _Crew(order, target) if order else None  # forked before there are threads
-    with ThreadPoolExecutor(MOST_PROCESSES) as pool:
-        running = [pool.submit(other) for other in others]
-        if crew is not None:
-            crew.wait(len(set(jobs)))
-    for each in running:
-        each.result()
-    if crew is None:
-        return None
-    rest = Thread(target=crew.finish, name="compilers", daemon=True)
-    rest.start()
-    return rest
-
-
-class _Crew:
-    """Processes at work.
-
-    Args:
-        jobs: All that they will do.
-        target: What for.
+    Attributes:
+        rest: Behind the context, what ends when the rest is done and the processes have ended; None if there are none.
     """
 
-    def __init__(self, jobs: Sequence[Job], target: Any) -> None:
-        self._jobs, self._left, self._sent = jobs, set(range(len(jobs))), 0
+    def __init__(self, target: Any) -> None:
+        self.rest: Thread | None = None
+        self._target = target
+        self._known: set[Job] = set()
+        self._waiting: list[tuple[bool, int, int, Job]] = []
+        """A heap of jobs that were not given out: whether later, how short, which."""
+        self._left: dict[int, bool] = {}
+        """Jobs that are not done, and whether they are for later."""
+        self._others: list[Callable[[], object]] = []
+        self._pids: list[int] = []
+        self._busy = 0
+        self._socket: socket.socket | None = None
+
+    def add(self, job: Job, length: int, *, later: bool = False) -> None:
+        """One more kernel, if it is new.
+
+        Args:
+            job: Which.
+            length: Of its source: what is long takes long, and begun last it would be waited for alone.
+            later: Behind all that are not.
+        """
+        if job in self._known:
+            return
+        index = len(self._known)
+        self._known.add(job)
+        self._left[index] = later
+        heappush(self._waiting, (later, -length, index, job))
+        if self._socket is None:
+            self._begin()
+        while self._receive(0):
+            pass
+        self._send()
+
+    def add_others(self, others: Iterable[Callable[[], object]]) -> None:
+        """What a thread does each of at the end of the context; an exception of theirs is raised there."""
+        self._others += others
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                with ThreadPoolExecutor(MOST_PROCESSES) as pool:
+                    running = [pool.submit(other) for other in self._others]
+                    self._wait(later=False)
+                for each in running:
+                    each.result()
+        finally:
+            if self._socket is not None:
+                self.rest = Thread(target=self._end, name="compilers", daemon=True)
+                self.rest.start()
+
+    def _begin(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(1.0)
-        processes = min(len(jobs), len(os.sched_getaffinity(0)), MOST_PROCESSES)
+        processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
         with theirs:
-            self._pids = [_fork(theirs, self._socket, target) for _ in range(processes)]
-        for _ in range(processes):
-            self._send()
+            self._pids = [_fork(theirs, self._socket, self._target) for _ in range(processes)]
 
-    def wait(self, number: int) -> None:
-        """Until the first jobs are done, so many, or the processes are in trouble."""
+    def _wait(self, *, later: bool) -> None:
+        """Until all jobs are done, or all that are not for later, or the processes are in trouble."""
         quiet = 0
-        while quiet < LONGEST_WAIT and any(index < number for index in self._left):
-            try:
-                self._left.discard(int(self._socket.recv(MESSAGE_BYTES)))
-            except TimeoutError:
+        while quiet < LONGEST_WAIT and any(later or not each for each in self._left.values()):
+            if self._receive(1.0):
+                quiet = 0
+                self._send()
+            else:
                 quiet += 1
                 if any(_has_ended(pid) for pid in self._pids):
                     return
-                continue
-            except (OSError, ValueError):  # nobody is there any more
-                return
-            quiet = 0
-            self._send()
 
-    def finish(self) -> None:
+    def _end(self) -> None:
         """Wait for all jobs, then for the processes."""
-        self.wait(len(self._jobs))
+        assert self._socket is not None
+        self._wait(later=True)
         self._socket.close()  # so they end
         for pid in self._pids:
             with suppress(OSError):
@@ -139,12 +162,26 @@ class _Crew:
                     os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
 
+    def _receive(self, timeout: float) -> bool:
+        """Take note of a job that is done, if one is by then."""
+        assert self._socket is not None
+        self._socket.settimeout(timeout)
+        try:
+            self._left.pop(int(self._socket.recv(MESSAGE_BYTES)), None)
+        except (OSError, ValueError):  # none, or nobody is there any more
+            return False
+        self._busy -= 1
+        return True
+
     def _send(self) -> None:
-        """One more job, for whoever is free."""
-        if self._sent < len(self._jobs):
+        """A job for each that is free."""
+        assert self._socket is not None
+        self._socket.settimeout(1.0)
+        while self._waiting and self._busy < len(self._pids):
+            *_, index, job = heappop(self._waiting)
             with suppress(OSError):
-                self._socket.send(json.dumps([self._sent, *self._jobs[self._sent]]).encode())
-            self._sent += 1
+                self._socket.send(json.dumps([index, *job]).encode())
+            self._busy += 1
 
 
 def _fork(jobs: socket.socket, parents: socket.socket, target: Any) -> int:
@@ -163,6 +200,7 @@ def _fork(jobs: socket.socket, parents: socket.socket, target: Any) -> int:
 def _work(jobs: socket.socket, target: Any) -> None:
     """Compile what comes until nothing can come any more."""
     driver.set_active(_Absent(target))
+    knobs.runtime.jit_cache_hook = None  # the one that finds out what to compile was there when this was forked
     gc.disable()  # nothing of the parent's is given back here, tensors of the device least of all
     while message := jobs.recv(MESSAGE_BYTES):
         index, module, name, specialization = json.loads(message)

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from vllm_model.kernels._compilers import Job, compile_jobs, prepare
+from vllm_model.kernels._compilers import Crew, Job, prepare
 
 
 @dataclass(slots=True)
@@ -21,8 +21,6 @@ class TakenDown:
 
     kernels: list[Any] = field(default_factory=list)
     """Triton's that are compiled."""
-    jobs: dict[Job, int] = field(default_factory=dict)
-    """Triton's that are not, and how long their sources are."""
     others: dict[str, Callable[[], object]] = field(default_factory=dict)
     """What else takes its time, as to compile another kernel, by what it does."""
 
@@ -38,16 +36,14 @@ def compile_together(runs: Iterable[Callable[[], object]], later: Iterable[Calla
         later: Triton's kernels of these are compiled behind it.
     """
     prepared = prepare()
-    prepared.target.result()
-    now, then = (_taken_down(each) for each in (runs, later))
-    # What is long takes long: begun last, it would be waited for alone.
-    jobs, rest = (sorted(each.jobs, key=each.jobs.__getitem__, reverse=True) for each in (now, then))
     prepared.keys.result()
-    target = triton.runtime.driver.active.get_current_target()
-    compile_jobs(jobs, target, later=rest, others=(now.others | then.others).values())
+    with Crew(prepared.target.result()) as crew:
+        now, then = _taken_down(runs, crew.add), _taken_down(later, partial(crew.add, later=True))
+        crew.add_others((now.others | then.others).values())
 
 
-def _taken_down(runs: Iterable[Callable[[], object]]) -> TakenDown:
+def _taken_down(runs: Iterable[Callable[[], object]], add: Callable[[Job, int], object]) -> TakenDown:
+    """Take down what these launch, and add what of it Triton has not compiled in this process."""
     taken = TakenDown()
     token, other = _TAKING_DOWN.set(taken), knobs.runtime.jit_cache_hook
 
@@ -56,7 +52,7 @@ def _taken_down(runs: Iterable[Callable[[], object]]) -> TakenDown:
         if _TAKING_DOWN.get() is not taken:  # another thread
             return other and other(**kernel)
         function = kernel["fn"]
-        taken.jobs[function.module, function.name, kernel["compile"]["specialization_data"]] = len(function.jit_function.src)
+        add((function.module, function.name, kernel["compile"]["specialization_data"]), len(function.jit_function.src))
         return True
 
     knobs.runtime.jit_cache_hook = hook
