@@ -1,23 +1,28 @@
 """Achieved bandwidth and arithmetic of every kernel against cuBLAS and SDPA, one JSON line per measurement.
 
-    python benchmarks/bench_kernels.py [thin] [decode] [prefill] [small] [sample]
+    python benchmarks/bench_kernels.py [thin] [decode] [several] [prefill] [small] [sample] [energy]
 
 Times are graph replays (median); weights rotate through copies that exceed the second-level cache. GB/s counts each input read
-once and each output written once.
+once and each output written once. ``energy``: millijoules of one launch by the
+driver, over half a second of the same.
 """
 
 # ruff: noqa: B023, D103  every closure is called before its loop goes on; a script documents itself above
 
+import ctypes
+import itertools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
+from vllm_model.kernels._launch import compile_together
 from vllm_model.kernels.decode_plan import DecodeConfig, DecodePlan
-from vllm_model.kernels.gemv import GemvConfig, GemvWorkspace, default_gemv_config, thin_linear
+from vllm_model.kernels.gemv import GemvConfig, default_gemv_config, thin_linear
 from vllm_model.kernels.logprobs import token_logprobs
 from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import PrefillConfig, paged_prefill
@@ -86,33 +91,19 @@ def thin() -> None:
         total = n * (2 if silu else 1)
         copies = max(2, min(40, int(3e8 / (total * k * 2)) + 1))
         weights = [bf16(total, k) * k**-0.5 for _ in range(copies)]
-        workspace, norm_weight = GemvWorkspace(n, DEVICE), bf16(k)
-        for rows in (1, 4, 16):
+        norm_weight = bf16(k)
+        for rows in (1, 2, 4):
             x, residual, out = bf16(rows, k), None if norm else bf16(rows, n), bf16(rows, n)
             moved = total * k * 2.0
             report("cublas", f"{name} x{rows}", micros([lambda w=w: F.linear(x, w) for w in weights]), moved=moved)  # type: ignore[misc]
-            configs = [default_gemv_config(rows, n, k, norm=norm, silu=silu)]
-            if rows == 1:
-                configs += [GemvConfig("fma", b, kk, w) for b, kk, w in ((4, 512, 2), (4, 1024, 4), (8, 1024, 8), (16, 256, 4))]
-            else:
-                splits = (1,) if norm else (2, 8)
-                shapes_of = ((16, 128, 4), (32, 256, 4), (16, 512, 4))
-                configs += [GemvConfig("dot", b, kk, w, 4, s) for b, kk, w in shapes_of for s in splits]
+            configs = [default_gemv_config(rows, n, k, silu=silu)]
+            configs += [GemvConfig(*shape) for shape in ((4, 512, 2), (4, 1024, 4), (8, 1024, 8), (16, 256, 4))]
             for config in dict.fromkeys(configs):
 
                 def run(config: GemvConfig = config, x: torch.Tensor = x, name: str = f"{name} x{rows}") -> None:
                     def call(w: torch.Tensor, pdl: bool) -> None:
-                        thin_linear(
-                            x,
-                            w,
-                            norm_weight=norm_weight if norm else None,
-                            residual=residual,
-                            silu=silu,
-                            out=out,
-                            workspace=workspace,
-                            config=config,
-                            pdl=pdl,
-                        )
+                        norm = norm_weight if residual is None else None
+                        thin_linear(x, w, norm_weight=norm, residual=residual, silu=silu, out=out, config=config, pdl=pdl)
 
                     us = micros([lambda w=w: call(w, False) for w in weights])  # type: ignore[misc]
                     pdl = micros([lambda w=w: call(w, True) for w in weights])  # type: ignore[misc]
@@ -149,6 +140,54 @@ def decode() -> None:
                     report("decode", f"{name} heads {heads}/8", us, moved=sum(lengths) * 8 * 512.0, config=str(config)[12:])
 
                 attempt("decode", f"{name} {config}", run)
+
+
+SEVERAL = [
+    *((32, 6, 2, 4), (32, 4, 2, 5), (32, 4, 4, 4), (32, 3, 4, 5), (32, 5, 2, 4), (32, 3, 2, 6), (64, 2, 4, 4), (64, 3, 4, 4)),
+    *((64, 2, 4, 5), (64, 4, 4, 3), (64, 3, 2, 4), (64, 4, 4, 4), (64, 3, 4, 5), (64, 6, 4, 2), (64, 6, 2, 3), (128, 2, 4, 3)),
+]
+"""As :class:`DecodeConfig`."""
+
+
+def several() -> None:
+    """Launch shapes of decode attention for several tokens a row, and over an e4m3 cache."""
+    loads = [(1, 690), (8, 690), (8, 2000), (24, 690), (64, 690), (256, 600)]
+    kinds = [(2, False), (5, False), (9, False), (1, True), (5, True)]
+    cases = [
+        (heads, rows, length, queries, fp8)
+        for heads, (rows, length), (queries, fp8) in itertools.product((16, 32), loads, kinds)
+        if rows * queries <= 576
+    ]
+
+    def run(time: Callable[[Sequence[Callable[[], object]]], float]) -> None:
+        for heads, rows, length, queries, fp8 in cases:
+            found, tables = paged([length] * rows, 8, 4 if rows < 32 else 1)
+            caches = [cache.to(torch.float8_e4m3fn) if fp8 else cache for cache in found]
+            scales = {"k_scale": torch.ones(8, device=DEVICE), "v_scale": torch.ones(8, device=DEVICE)} if fp8 else {}
+            slots = torch.arange(rows, dtype=torch.int32, device=DEVICE)
+            lens, q = torch.full_like(slots, length), bf16(rows * queries, heads, 128)
+            options = {"queries": queries, "first_positions": lens - queries if queries > 1 else None, "pdl": True, **scales}
+            shape = f"{rows}x{length} heads {heads}/8, {queries} tokens{', e4m3' if fp8 else ''}"
+            for config in SEVERAL:
+                plan = DecodePlan(
+                    rows, heads, 8, 128, DEVICE, max_blocks=tables.shape[1], max_queries=9, config=DecodeConfig(*config)
+                )
+                plan.update(lens, slots, tables)
+
+                def one() -> None:
+                    us = time([lambda c=c: paged_decode(q, c, plan, **options) for c in caches] * 2)  # type: ignore[misc]
+                    if us:
+                        moved = rows * length * 8 * (256.0 if fp8 else 512.0)
+                        report("decode", shape, us, moved=moved, config=str(config))
+
+                attempt("decode", f"{shape} {config}", one)
+
+    def only_launched(calls: Sequence[Callable[[], object]]) -> float:
+        calls[0]()
+        return 0.0
+
+    compile_together([lambda: run(only_launched)])
+    run(micros)
 
 
 def prefill() -> None:
@@ -220,7 +259,65 @@ def sampling() -> None:
             report("logprobs", f"{rows}", us, moved=rows * 151936 * 2.0)
 
 
+def joules(device: torch.device) -> Callable[[], float]:
+    """A function to what the card has taken so far, as its driver counts: every 20 to 100 ms."""
+    nvml, handle, spent = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p(), ctypes.c_ulonglong()
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)):
+        raise RuntimeError("the driver does not know this card")
+
+    def read() -> float:
+        if nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(spent)):
+            raise RuntimeError("the card does not count its energy")
+        return spent.value / 1000
+
+    return read
+
+
+def energy() -> None:
+    """What kernels take that share the card's power; the clock follows from it."""
+    read = joules(torch.device(DEVICE, torch.cuda.current_device()))
+
+    def measure(kernel: str, shape: str, calls: Sequence[Callable[[], object]], seconds: float = 0.5) -> None:
+        each = micros(calls) * 1e-6
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        replays = max(int(seconds / (each * len(calls))), 1)
+        for warm in (True, False):  # its clock settles in the first
+            torch.cuda.synchronize()
+            before, start = read(), time.perf_counter()
+            for _ in range(replays):
+                graph.replay()
+            torch.cuda.synchronize()
+            spent, taken, launches = read() - before, time.perf_counter() - start, replays * len(calls)
+            if not warm:
+                report(kernel, shape, taken / launches * 1e6, mJ=round(spent / launches * 1e3, 2), W=round(spent / taken))
+
+    for heads in (16, 32):
+        caches, tables = paged([650] * 256, 8, 2)
+        slots = torch.arange(256, dtype=torch.int32, device=DEVICE)
+        q = bf16(256, heads, 128)
+        for config in (DecodeConfig(), DecodeConfig(32, 6, 2, 4)):
+            plan = DecodePlan(256, heads, 8, 128, DEVICE, max_blocks=tables.shape[1], config=config)
+            plan.update(torch.full_like(slots, 650), slots, tables)
+            calls = [lambda c=c: paged_decode(q, c, plan) for c in caches] * 4  # type: ignore[misc]
+            measure("decode", f"256x650 heads {heads}/8, tiles of {config.tile}", calls)
+        measure("sum of the cache", "256x650", [lambda c=c: c.view(torch.int32).amax() for c in caches] * 4)  # type: ignore[misc]
+    for name, rows, n, k in (
+        *(("8B lm_head", rows, 151936, 4096) for rows in (64, 256)),
+        *(("8B gate_up", rows, 24576, 4096) for rows in (64, 256, 4096)),
+    ):
+        x, weights = bf16(rows, k), [bf16(n, k) * k**-0.5 for _ in range(1 if n > 100_000 else 4)]
+        measure("cublas", f"{name} x{rows}", [lambda w=w: F.linear(x, w) for w in weights])  # type: ignore[misc]
+    gate_up, x, residual, weight = bf16(4096, 24576), bf16(4096, 4096), bf16(4096, 4096), bf16(4096)
+    measure("silu_mul", "8B 4096", [lambda: silu_mul(gate_up)] * 4)
+    measure("rms_norm+residual", "8B 4096", [lambda: rms_norm(x, weight, 1e-6, residual)] * 4)
+
+
 if __name__ == "__main__":
-    parts = {"small": small, "sample": sampling, "decode": decode, "prefill": prefill, "thin": thin}
+    parts = {"small": small, "sample": sampling, "decode": decode, "several": several, "prefill": prefill, "thin": thin}
+    parts["energy"] = energy
     for chosen in sys.argv[1:] or parts:
         attempt(chosen, "all", parts[chosen])

@@ -41,16 +41,19 @@ def child(folder: str, begun: float) -> None:
     from vllm_model import LLM, llm
 
     mark("the project imported")
+    from vllm_model.cuda.chunk_steps import ChunkSteps
     from vllm_model.cuda.loose_steps import LooseSteps
     from vllm_model.cuda_backend import CudaBackend
-    from vllm_model.kernels import _launch
+    from vllm_model.kernels import _compilers, _launch
 
     mark("Triton imported")
     behind(llm, "load_backend", mark, "weights made")
+    behind(_compilers.Crew, "_begin", mark, "processes forked")
     behind(_launch, "_taken_down", mark, "kernels taken down")
     behind(CudaBackend, "_compile", mark, "kernels compiled")
     behind(LooseSteps, "run_widest", mark, "widest step run")
     behind(CudaBackend, "kv_cache_budget", mark, "memory measured")
+    behind(ChunkSteps, "capture_all", mark, "graphs of chunks captured")
     model = LLM(folder, load_format="dummy", max_model_len=8192, gpu_memory_utilization=0.85, skip_tokenizer_init=True)
     mark("graphs captured")
     model.generate([5, 6, 7], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)

@@ -128,12 +128,19 @@ def product(which: str, _: Any) -> Case:
     return Case(residual if late == "residual" else x, run, [residual])
 
 
+def planned(make: Any, lengths: list[int], **options: Any) -> tuple[Any, torch.Tensor, DecodePlan]:
+    """A paged cache of rows so long, their lengths, and a plan for them."""
+    paged, lens = make(lengths, 2, 128, torch.bfloat16), torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    return paged, lens, DecodePlan(len(lengths), 8, 2, 128, "cuda", max_blocks=paged.tables.shape[1], **options)
+
+
+WARPS = DecodeConfig(32, 6, 2, 4)
+
+
 def attention(which: str, make: Any) -> Case:
     shape, late = which.split(": ")
-    paged, q = make([5, 700, 64, 33], 2, 128, torch.bfloat16), randn(4, 8, 128)
-    lens = torch.tensor([5, 700, 64, 33], dtype=torch.int32, device="cuda")
-    config = DecodeConfig() if shape == "triton" else DecodeConfig(32, 6, 2, 4)
-    plan = DecodePlan(4, 8, 2, 128, "cuda", max_blocks=paged.tables.shape[1], config=config)
+    paged, lens, plan = planned(make, [5, 700, 64, 33], config=DecodeConfig() if shape == "triton" else WARPS)
+    q = randn(4, 8, 128)
     plan.update(lens, paged.slots, paged.tables)
     assert suits_warps(plan, paged.cache, q.dtype) == (shape == "warps")
     paged.cache.nan_to_num_(nan=1e6)
@@ -141,18 +148,16 @@ def attention(which: str, make: Any) -> Case:
 
 
 def several(which: str, make: Any) -> Case:
-    paged, q = make([5, 700], 2, 128, torch.bfloat16), randn(6, 8, 128)
-    lens = torch.tensor([5, 700], dtype=torch.int32, device="cuda")
-    plan, first = DecodePlan(2, 8, 2, 128, "cuda", max_blocks=paged.tables.shape[1], max_queries=3), lens - 3
+    paged, lens, plan = planned(make, [5, 700], max_queries=3)
+    q, first = randn(6, 8, 128), lens - 3
     plan.update(lens, paged.slots, paged.tables)
     late = q if which == "q" else first
     return Case(late, lambda pdl: [paged_decode(q, paged.cache, plan, queries=3, first_positions=first, pdl=pdl)])
 
 
 def raw_heads(_: str, make: Any) -> Case:
-    paged, heads, weight = make([5, 700, 64, 33], 2, 128, torch.bfloat16), randn(4, 12, 128), randn(128)
-    lens = torch.tensor([5, 700, 64, 33], dtype=torch.int32, device="cuda")
-    plan = DecodePlan(4, 8, 2, 128, "cuda", max_blocks=paged.tables.shape[1], config=DecodeConfig(32, 6, 2, 4))
+    paged, lens, plan = planned(make, [5, 700, 64, 33], config=WARPS)
+    heads, weight = randn(4, 12, 128), randn(128)
     plan.update(lens, paged.slots, paged.tables, leave_newest=True)
     rotary = Rotary(rope_table(700, 128, 10000.0, "cuda"), weight, weight)
 
@@ -162,16 +167,14 @@ def raw_heads(_: str, make: Any) -> Case:
     return Case(heads, run, [paged.cache])
 
 
-def plan(_: str, make: Any) -> Case:
-    paged = make([5, 700, 64, 33], 2, 128, torch.bfloat16)
-    lens = torch.tensor([5, 700, 64, 33], dtype=torch.int32, device="cuda")
-    made = DecodePlan(4, 8, 2, 128, "cuda", max_blocks=paged.tables.shape[1])
+def plan_of_rows(_: str, make: Any) -> Case:
+    paged, lens, plan = planned(make, [5, 700, 64, 33])
 
     def run(pdl: bool) -> list[torch.Tensor]:
-        made.update(lens, paged.slots, paged.tables, pdl=pdl)
-        return [made.plan, made.starts]
+        plan.update(lens, paged.slots, paged.tables, pdl=pdl)
+        return [plan.plan, plan.starts]
 
-    return Case(lens, run, [made.plan, made.starts])
+    return Case(lens, run, [plan.plan, plan.starts])
 
 
 def prefix(which: str, make: Any) -> Case:
@@ -224,7 +227,7 @@ CASES: list[tuple[Callable[[str, Any], Case], str]] = [
     *((attention, f"{shape}: {late}") for shape in ("triton", "warps") for late in ("q", "cache")),
     *((several, which) for which in ("q", "first positions")),
     (raw_heads, "heads"),
-    (plan, "lengths"),
+    (plan_of_rows, "lengths"),
     *((prefix, which) for which in ("attend", "parts", "out")),
     *((logits, which) for which in ("draw", "filtered", "greedy", "process", "logprobs")),
 ]

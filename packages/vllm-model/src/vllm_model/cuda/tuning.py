@@ -212,7 +212,7 @@ class Cases:
         for ((n, k, gated), (has_bias, more)), rows in product(layers.items(), (1, 2)):
             if not has_bias:  # or it is the library's
                 default = default_gemv_config(rows, n, k, silu=bool(gated))
-                shape = (default.block_n, default.block_k, default.num_warps)
+                shape = astuple(default)
                 shapes = _unique(shape, [each for each in THIN if _may_suit(*each, k, gated)])
                 yield Case("thin", (n, k, gated, rows), shape, shapes, [self._thin_load(n, k, gated, rows, more)], [])
 
@@ -223,7 +223,7 @@ class Cases:
             options |= {"norm_weight": self._random(k)} if more == "norm" else {"residual": torch.zeros_like(out)}
 
         def load(shape: Ints) -> list[Launch]:
-            return [partial(thin_linear, x, weight, config=GemvConfig("fma", *shape), **options) for weight in weights]
+            return [partial(thin_linear, x, weight, config=GemvConfig(*shape), **options) for weight in weights]
 
         return load
 
