@@ -160,7 +160,7 @@ def test_whatever_a_start_launches_was_compiled_together(
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(knobs.compilation, "listener", lambda **kernel: seen.append((kernel["src"].name, kernel["cache_hit"])))
     folder, _ = random_model("Qwen3ForCausalLM", **SHAPE | {"hidden_size": 320, "intermediate_size": 640}, num_hidden_layers=4)
-    engine = Engine(load(folder), config=EngineConfig(max_num_seqs=48))
+    engine = Engine(load(folder), config=EngineConfig(max_num_seqs=256))
     engine.add_request("a", list(range(50)), SamplingParams(temperature=0.5, seed=1, max_tokens=3, ignore_eos=True))
     while engine.has_unfinished_requests():
         engine.step()

@@ -24,6 +24,8 @@ class Kernel:
             raise RuntimeError("no such instruction")
         if specialization == "dies":
             os._exit(1)
+        while specialization == "waits" and not (self.folder / "go").exists():
+            time.sleep(0.01)
         time.sleep(0.05)
         (self.folder / specialization).write_text(str(os.getpid()))
 
@@ -36,8 +38,20 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     return ("some_kernels", "kernel", "")
 
 
-def done(folder: Path) -> dict[str, int]:
-    return {path.name: int(path.read_text()) for path in folder.iterdir()}
+def done(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def pids(folder: Path) -> set[int]:
+    return {int(path.read_text()) for path in folder.iterdir()}
+
+
+def have_ended(crew: Crew) -> bool:
+    assert crew._pids
+    for pid in crew._pids:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+    return True
 
 
 def test_every_kernel_is_compiled_by_another_process_which_then_ends(job: Job, tmp_path: Path) -> None:
@@ -46,35 +60,58 @@ def test_every_kernel_is_compiled_by_another_process_which_then_ends(job: Job, t
             crew.add((*job[:2], str(i % 40)), 1)
     assert crew.rest is not None
     crew.rest.join()
-    pids = set(done(tmp_path).values())
-    assert set(done(tmp_path)) == {str(i) for i in range(40)}
-    assert os.getpid() not in pids
-    for pid in pids:
-        with pytest.raises(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
+    assert done(tmp_path) == {str(i) for i in range(40)}
+    assert pids(tmp_path) <= set(crew._pids)
+    assert len(crew._pids) <= len(os.sched_getaffinity(0))
+    assert have_ended(crew)
 
 
-def test_it_begins_while_others_are_found_out(job: Job, tmp_path: Path) -> None:
+def test_it_begins_while_others_are_found_out(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by finding again what is known."""
+    monkeypatch.setattr(_compilers, "MOST_PROCESSES", 1)
     with Crew(None) as crew:
-        crew.add((*job[:2], "a"), 1)
         end = time.monotonic() + 30
-        while not done(tmp_path) and time.monotonic() < end:
+        for name in ("a", "b", "c"):
+            crew.add((*job[:2], name), 1)
+        while len(done(tmp_path)) < 3 and time.monotonic() < end:
+            crew.add((*job[:2], "a"), 1)
             time.sleep(0.01)
-        assert set(done(tmp_path)) == {"a"}
-        crew.add((*job[:2], "b"), 1)
-    assert set(done(tmp_path)) == {"a", "b"}
+        assert done(tmp_path) == {"a", "b", "c"}
 
 
 def test_the_longest_of_those_that_wait_is_next(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compilers, "MOST_PROCESSES", 1)
     with Crew(None) as crew:
-        crew.add((*job[:2], "first"), 1)
+        crew.add((*job[:2], "waits"), 1)
         for later, length in [(True, 9), (False, 2), (False, 8), (False, 5)]:
             crew.add((*job[:2], f"{later}{length}"), length, later=later)
+        (tmp_path / "go").touch()
     assert crew.rest is not None
     crew.rest.join()
     order = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    assert [path.name for path in order] == ["first", "False8", "False5", "False2", "True9"]
+    assert [path.name for path in order] == ["go", "waits", "False8", "False5", "False2", "True9"]
+
+
+def test_as_many_processes_as_there_is_work_for(job: Job, tmp_path: Path) -> None:
+    with Crew(None) as crew:
+        crew.add((*job[:2], "a"), 1)
+        crew.add((*job[:2], "a"), 1)
+    assert len(crew._pids) == 1
+    with Crew(None) as idle:
+        pass
+    assert idle._pids == []
+
+
+def test_without_processes_kernels_are_left(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    start = time.monotonic()
+    with Crew(None) as crew:
+        crew.add((*job[:2], "a"), 1)
+    assert (done(tmp_path), crew.rest) == (set(), None)
+    assert time.monotonic() - start < 10
 
 
 def test_later_kernels_are_compiled_while_the_caller_goes_on(job: Job, tmp_path: Path) -> None:
@@ -82,29 +119,29 @@ def test_later_kernels_are_compiled_while_the_caller_goes_on(job: Job, tmp_path:
     with Crew(None) as crew:
         for name in [*later, *now]:
             crew.add((*job[:2], name), 1, later=name in later)
-    there = set(done(tmp_path))
+    there = done(tmp_path)
     assert there >= now
     assert there != now | later
     assert crew.rest is not None
     crew.rest.join()
-    assert set(done(tmp_path)) == now | later
+    assert done(tmp_path) == now | later
 
 
 def test_other_work_is_done_by_threads_meanwhile(job: Job, tmp_path: Path) -> None:
-    pids: list[int] = []
+    by: list[int] = []
     with Crew(None) as crew:
         crew.add((*job[:2], "a"), 1)
-        crew.add_others([lambda: pids.append(os.getpid())] * 3)
-    assert pids == [os.getpid()] * 3
+        crew.add_others([lambda: by.append(os.getpid())] * 3)
+    assert by == [os.getpid()] * 3
     with Crew(None) as crew:
-        crew.add_others([lambda: pids.append(0)])
-    assert pids[-1] == 0
+        crew.add_others([lambda: by.append(0)])
+    assert by[-1] == 0
     assert crew.rest is None
     with pytest.raises(ZeroDivisionError), Crew(None) as crew:
         crew.add_others([lambda: 1 // 0])
 
 
-def test_processes_end_also_if_nobody_waits_for_them(job: Job, tmp_path: Path) -> None:
+def test_processes_end_also_after_an_exception(job: Job, tmp_path: Path) -> None:
     crew = Crew(None)
 
     def find_out() -> None:
@@ -116,9 +153,8 @@ def test_processes_end_also_if_nobody_waits_for_them(job: Job, tmp_path: Path) -
         find_out()
     assert crew.rest is not None
     crew.rest.join()
-    for pid in done(tmp_path).values():
-        with pytest.raises(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
+    assert done(tmp_path) == {"a"}
+    assert have_ended(crew)
 
 
 def test_what_does_not_compile_is_left(job: Job, tmp_path: Path) -> None:
@@ -126,7 +162,7 @@ def test_what_does_not_compile_is_left(job: Job, tmp_path: Path) -> None:
         for each in ("a", "raises", "b"):
             crew.add((*job[:2], each), 1)
         crew.add(("no_such_module", "kernel", ""), 1)
-    assert set(done(tmp_path)) == {"a", "b"}
+    assert done(tmp_path) == {"a", "b"}
 
 
 def test_processes_that_die_are_not_waited_for(job: Job, tmp_path: Path) -> None:
@@ -135,4 +171,4 @@ def test_processes_that_die_are_not_waited_for(job: Job, tmp_path: Path) -> None
         for each in ("dies", "a", "b", "c"):
             crew.add((*job[:2], each), 1)
     assert time.monotonic() - start < 10
-    assert set(done(tmp_path)) <= {"a", "b", "c"}
+    assert done(tmp_path) <= {"a", "b", "c"}

@@ -35,24 +35,24 @@ def run(
         check(stream, expected, 1e-2)
 
 
-@pytest.mark.parametrize(("rows", "block_n", "block_k"), [(0, 4, 32), (1, 4, 32), (2, 2, 128), (3, 4, 32), (4, 8, 32)])
+@pytest.mark.parametrize(("rows", "block_n", "block_k"), [(0, 4, 32), (1, 4, 32), (1, 8, 32), (2, 2, 128), (2, 4, 32)])
 @pytest.mark.parametrize(("n", "k"), [(32, 64), (21, 80)])
 @pytest.mark.parametrize("epilogue", ["", "norm", "residual", "silu", "norm silu", "norm residual"])
 def test_product(rows: int, block_n: int, block_k: int, n: int, k: int, epilogue: str, device: str, check: Check) -> None:
     norm, residual, silu = ("norm" in epilogue), ("residual" in epilogue), ("silu" in epilogue)
-    config = GemvConfig(block_n, block_k)
+    config = GemvConfig(block_n, block_k, 4)
     run(rows, n, k, device, check, norm=norm, residual=residual, silu=silu, config=config)
 
 
 def test_refusals(device: str) -> None:
     w = torch.zeros(32, 64, dtype=torch.bfloat16, device=device)
-    for rows, k in ((5, 64), (2, 32)):
+    for rows, k in ((3, 64), (2, 32)):
         with pytest.raises(ValueError, match="no thin product"):
             thin_linear(torch.zeros(rows, k, dtype=torch.bfloat16, device=device), w)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(
     ("n", "k", "norm", "residual", "silu"),
     [

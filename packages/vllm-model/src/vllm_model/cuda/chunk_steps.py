@@ -6,8 +6,9 @@ import torch
 
 from vllm_model.cuda.device import Device, Graph
 from vllm_model.cuda.finish import RING
-from vllm_model.cuda.forward import THIN_ROWS, Forward
+from vllm_model.cuda.forward import Forward
 from vllm_model.cuda.rows import DeviceRows
+from vllm_model.kernels import gemv
 from vllm_model.kernels._launch import take_down
 from vllm_model.kernels.library_prefill import LEAST, padded
 from vllm_traits.batch import Batch
@@ -47,7 +48,7 @@ class ChunkSteps:
     def compile(self) -> None:
         """Launch what the short ones need, for :meth:`Device.compile`; the others are as any long step."""
         for size in self._sizes:
-            if THIN_ROWS < size < MANY_TOKENS:
+            if gemv.MAX_ROWS < size < MANY_TOKENS:
                 self._run(self._empty(size), size, as_prompt=False)
         if self._has_prompt:
             take_down("attention of a prompt", self._forward.load_library)
@@ -55,7 +56,7 @@ class ChunkSteps:
     def capture_all(self) -> None:
         """The graphs of all sizes, the largest first."""
         for size in reversed(self._sizes):
-            if size > THIN_ROWS:
+            if size > gemv.MAX_ROWS:
                 self._graphs[size] = self._capture(size, as_prompt=False)
         if self._has_prompt:
             self._prompt = self._capture(self._sizes[-1], as_prompt=True)

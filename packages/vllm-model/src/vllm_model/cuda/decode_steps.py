@@ -69,12 +69,12 @@ class DecodeSteps:
             self._run(self._empty(last), last, Sampling(), True, torch.zeros)
 
     def _kinds(self) -> list[int]:
-        """Sizes whose steps have all kernels that those of any size have."""
+        """Sizes whose steps have all kernels of ours that those of any size have."""
         first, last = self.sizes[0], self.sizes[-1]
         return sorted({first, *(min(size, last) for size in (2, 64, 96, 128)), last})
 
     def capture_all(self) -> None:
-        """The graphs of all sizes, the largest first: the others fit into its memory."""
+        """The graphs of all sizes. The largest is first: the others fit into its memory. Those with new kernels are next."""
         kinds = self._kinds()
         for size in [*reversed(kinds), *(size for size in reversed(self.sizes) if size not in kinds)]:
             self.graphs[size, Sampling(), False] = self._capture(size, Sampling(), False, has_run=size not in kinds)

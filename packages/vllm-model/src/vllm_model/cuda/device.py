@@ -105,12 +105,12 @@ class Device:
         return [flat[at : at + len(array)] for at, array in zip(places, arrays, strict=False)]
 
     def capture(self, staged: torch.Tensor, run: Callable[[], torch.Tensor], *, has_run: bool = False) -> Graph:
-        """Run once, which compiles and loads what is not there yet, then as a graph.
+        """Run once, which compiles what is not compiled yet, then as a graph.
 
         Args:
             staged: What the graph reads.
             run: What it does.
-            has_run: Its kernels have run, in this graph or others, so it is recorded at once.
+            has_run: All kernels of ours in it have run, in this graph or others: it is recorded at once.
         """
         if self._stream is None:
             return Graph(staged, run)
@@ -121,11 +121,6 @@ class Device:
         except torch.OutOfMemoryError:
             self.reclaim()  # while a graph is recorded, memory that is cached cannot be given back for it
             graph, result = self._record(run)
-        except RuntimeError:
-            if not has_run:
-                raise
-            self._pool = None  # torch takes the old one for in use
-            return self.capture(staged, run)
         self._pool = self._pool or graph.pool()
 
         def replay() -> torch.Tensor:
@@ -138,9 +133,8 @@ class Device:
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
         with _alone():
-            graph.capture_begin(
-                pool=self._pool, capture_error_mode="relaxed"
-            )  # a kernel may be loaded, here or by another thread
+            # Here a library may load a kernel, and other threads do what they want.
+            graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
             try:
                 result = run()
             except BaseException:

@@ -12,7 +12,7 @@ from vllm_model.cuda.residual_stream import Choose, ResidualStream
 from vllm_model.decoder import Decoder
 from vllm_model.kernels.cluster_linear import has_clusters
 from vllm_model.kernels.decode_plan import DecodePlan
-from vllm_model.kernels.gemv import thin_linear
+from vllm_model.kernels.gemv import MAX_ROWS, thin_linear
 from vllm_model.kernels.library_prefill import LEAST, can_use_library, library_prefill, padded
 from vllm_model.kernels.linear import LinearWorkspace
 from vllm_model.kernels.linear_table import choose_linear, has_table
@@ -24,8 +24,6 @@ from vllm_model.kernels.shared_prefix import PrefixWorkspace, attend_prefix
 from vllm_model.kernels.warp_decode import Rotary, rotary_decode, suits_warps
 from vllm_model.kv_cache import PagedKvCache
 
-THIN_ROWS = 2
-"""Up to here products are matrix-vector products of ours."""
 PARTS_ROOM = 1 << 22
 """Float32 values of the parts of products that cut their inputs."""
 
@@ -55,7 +53,7 @@ class Forward:
             partial(choose_linear, clusters=has_clusters(device.device)) if ours else lambda rows, n, k, silu: None
         )
         self._workspace = LinearWorkspace(PARTS_ROOM if ours else 0, device.device)
-        self._thin_rows = THIN_ROWS if device.device.type == "cuda" else 0  # of interpreted kernels these are the slowest
+        self._thin_rows = MAX_ROWS if device.device.type == "cuda" else 0  # of interpreted kernels these are the slowest
         self._cos_sin = torch.cat(decoder.rotary, dim=1).contiguous()  # [max_len, head_dim]
         self.has_library = can_use_library(device.device, decoder.embedding.dtype, self.config.head_dim)
 

@@ -69,9 +69,10 @@ def prepare() -> Prepared:
 
 
 class Crew:
-    """Processes that compile kernels while more are found out; where the context ends, all that is not for later is done.
+    """Processes that compile kernels while more are found out.
 
-    They are forked for the first kernel, so before there are threads that matter.
+    Each is forked for a kernel that none is free for, so before there are threads that matter. Where the context ends, all that
+    is not for later is waited for, unless by an exception.
 
     Args:
         target: What for, Triton's ``GPUTarget``.
@@ -91,7 +92,7 @@ class Crew:
         self._others: list[Callable[[], object]] = []
         self._pids: list[int] = []
         self._busy = 0
-        self._socket: socket.socket | None = None
+        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def add(self, job: Job, length: int, *, later: bool = False) -> None:
         """One more kernel, if it is new.
@@ -101,16 +102,16 @@ class Crew:
             length: Of its source: what is long takes long, and begun last it would be waited for alone.
             later: Behind all that are not.
         """
-        if job in self._known:
-            return
-        index = len(self._known)
-        self._known.add(job)
-        self._left[index] = later
-        heappush(self._waiting, (later, -length, index, job))
-        if self._socket is None:
-            self._begin()
-        while self._receive(0):
+        if job not in self._known:
+            index = len(self._known)
+            self._known.add(job)
+            self._left[index] = later
+            heappush(self._waiting, (later, -length, index, job))
+        while self._busy and self._receive(0):
             pass
+        if self._waiting and self._busy == len(self._pids) < min(len(os.sched_getaffinity(0)), MOST_PROCESSES):
+            with suppress(OSError):  # then with fewer
+                self._pids.append(_fork(self._theirs, self._socket, self._target))
         self._send()
 
     def add_others(self, others: Iterable[Callable[[], object]]) -> None:
@@ -129,20 +130,17 @@ class Crew:
                 for each in running:
                     each.result()
         finally:
-            if self._socket is not None:
+            self._theirs.close()
+            if self._pids:
                 self.rest = Thread(target=self._end, name="compilers", daemon=True)
                 self.rest.start()
-
-    def _begin(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        processes = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
-        with theirs:
-            self._pids = [_fork(theirs, self._socket, self._target) for _ in range(processes)]
+            else:
+                self._socket.close()
 
     def _wait(self, *, later: bool) -> None:
         """Until all jobs are done, or all that are not for later, or the processes are in trouble."""
         quiet = 0
-        while quiet < LONGEST_WAIT and any(later or not each for each in self._left.values()):
+        while self._pids and quiet < LONGEST_WAIT and any(later or not each for each in self._left.values()):
             if self._receive(1.0):
                 quiet = 0
                 self._send()
@@ -153,7 +151,6 @@ class Crew:
 
     def _end(self) -> None:
         """Wait for all jobs, then for the processes."""
-        assert self._socket is not None
         self._wait(later=True)
         self._socket.close()  # so they end
         for pid in self._pids:
@@ -164,7 +161,6 @@ class Crew:
 
     def _receive(self, timeout: float) -> bool:
         """Take note of a job that is done, if one is by then."""
-        assert self._socket is not None
         self._socket.settimeout(timeout)
         try:
             self._left.pop(int(self._socket.recv(MESSAGE_BYTES)), None)
@@ -175,7 +171,6 @@ class Crew:
 
     def _send(self) -> None:
         """A job for each that is free."""
-        assert self._socket is not None
         self._socket.settimeout(1.0)
         while self._waiting and self._busy < len(self._pids):
             *_, index, job = heappop(self._waiting)

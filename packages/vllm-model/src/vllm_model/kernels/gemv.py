@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator, misc"
 # ruff: noqa: N803  constexpr arguments are upper case in Triton
-"""Linear layers for 1 to 4 rows, where the time is that of reading the weights once.
+"""Linear layers for 1 or 2 rows, where the time is that of reading the weights once.
 
 A program owns whole weight rows and multiplies on the scalar units; first weights are on their way before it waits for the
 kernel ahead of it. It can normalise its input (the factor of a row is applied to the result, so the input is read once), add a
@@ -16,10 +16,11 @@ import triton.language as tl
 from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
 from vllm_model.kernels.tuned import lookup
 
-MAX_ROWS = 4
+MAX_ROWS = 2
+"""With more, a matrix product is faster."""
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _gemv_kernel(
     x_ptr,  # [rows, K]
     w_ptr,  # [N or 2 N, K]
@@ -29,7 +30,6 @@ def _gemv_kernel(
     x_stride,
     residual_stride,
     out_stride,
-    rows,
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -63,7 +63,7 @@ def _gemv_kernel(
         if NORM:
             norm = tl.load(norm_ptr + start + k, mask=k_mask, other=0.0).to(tl.float32)
         for row in tl.static_range(ROWS):
-            x = tl.load(x_ptr + row * x_stride + start + k, mask=k_mask & (k * 0 + row < rows), other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * x_stride + start + k, mask=k_mask, other=0.0).to(tl.float32)
             mine = i == row
             if NORM:
                 square += tl.where(mine, tl.sum(x * x, axis=0), 0.0)
@@ -77,7 +77,7 @@ def _gemv_kernel(
         factor = tl.rsqrt(square / K + eps)[:, None]
         acc *= factor
         acc_up *= factor
-    mask = (i < rows)[:, None] & n_mask[None, :]
+    mask = (i < ROWS)[:, None] & n_mask[None, :]
     if SILU:
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
     if RESIDUAL:
@@ -95,9 +95,9 @@ class GemvConfig:
         num_warps: Warps of a program.
     """
 
-    block_n: int = 2
-    block_k: int = 1024
-    num_warps: int = 1
+    block_n: int
+    block_k: int
+    num_warps: int
 
 
 HOPPER: dict[tuple[int, int, bool], tuple[tuple[int, int, int], tuple[int, int, int]]] = {
@@ -119,9 +119,7 @@ HOPPER: dict[tuple[int, int, bool], tuple[tuple[int, int, int], tuple[int, int, 
 def default_gemv_config(rows: int, n: int, k: int, *, silu: bool = False) -> GemvConfig:
     """A launch shape from the sizes alone: one warp with two weight rows is within a tenth of the best almost everywhere."""
     shapes = HOPPER.get((n, k, silu))
-    if shapes and rows <= len(shapes):
-        return GemvConfig(*shapes[rows - 1])
-    return GemvConfig(2, min(power_of_two(k), 512 if silu else 1024), 1)
+    return GemvConfig(*(shapes[rows - 1] if shapes else (2, min(power_of_two(k), 512 if silu else 1024), 1)))
 
 
 def thin_linear(
@@ -139,21 +137,21 @@ def thin_linear(
     """``y = norm(x) @ weight.T``, then ``silu(y[:, :n]) * y[:, n:]`` if ``silu``, then ``+ residual``.
 
     Args:
-        x: ``[rows, k]`` bf16 or fp16, at most 4 rows (none is allowed and does nothing), rows contiguous.
+        x: ``[rows, k]`` bf16 or fp16, at most 2 rows (none is allowed and does nothing), rows contiguous.
         weight: ``[n, k]``, or ``[2 * n, k]`` with ``silu``: gate, then up; contiguous, the type of ``x``.
         norm_weight: ``[k]``: ``x`` is replaced by its RMS norm.
         eps: Of the norm.
         residual: ``[rows, n]``, rows contiguous; may be ``out``.
         silu: Close a gated MLP.
         out: ``[rows, n]``, rows contiguous; a new tensor when None.
-        config: Launch shape; when None, what was measured on this card (1 and 2 rows), else :func:`default_gemv_config`.
+        config: Launch shape; when None, what was measured on this card, else :func:`default_gemv_config`.
         pdl: Programmatic dependent launch; the first weights are then read while the kernel before still runs.
 
     Returns:
         ``[rows, n]`` in the type of ``x``. Sums are float32.
 
     Raises:
-        ValueError: More than 4 rows, or shapes that disagree.
+        ValueError: More than 2 rows, or shapes that disagree.
     """
     rows, k = x.shape
     n = weight.shape[0] // (2 if silu else 1)
@@ -177,11 +175,10 @@ def thin_linear(
         x.stride(0),
         residual.stride(0) if residual is not None else 0,
         out.stride(0),
-        rows,
         eps,
         N=n,
         K=k,
-        ROWS=power_of_two(rows),
+        ROWS=rows,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         NORM=norm_weight is not None,
