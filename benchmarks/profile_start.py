@@ -44,11 +44,10 @@ def child(folder: str, begun: float) -> None:
     from vllm_model.cuda.chunk_steps import ChunkSteps
     from vllm_model.cuda.loose_steps import LooseSteps
     from vllm_model.cuda_backend import CudaBackend
-    from vllm_model.kernels import _compilers, _launch
+    from vllm_model.kernels import _launch
 
     mark("Triton imported")
     behind(llm, "load_backend", mark, "weights made")
-    behind(_compilers.Crew, "_begin", mark, "processes forked")
     behind(_launch, "_taken_down", mark, "kernels taken down")
     behind(CudaBackend, "_compile", mark, "kernels compiled")
     behind(LooseSteps, "run_widest", mark, "widest step run")

@@ -23,16 +23,14 @@ def test_garbage_of_another_engine_does_not_end_a_recording() -> None:
         cycle: list[Any] = [old.pop()]
         cycle.append(cycle)
         del cycle
-        assert len([[] for _ in range(100_000)]) == 100_000  # the collector would come by
+        gc.collect()
         return x + 1
 
-    torch.cuda.synchronize()
-    assert gc.isenabled()
     with device.running():
         graph = device.capture(x, run)
         x += 1
         assert graph.replay().tolist() == [3.0] * 4
-    assert gc.isenabled()
+    assert old == []
 
 
 @pytest.mark.gpu

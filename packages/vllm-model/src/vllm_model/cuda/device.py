@@ -4,7 +4,6 @@
 Without a CUDA device, for Triton's interpreter, work runs at once and a graph runs anew what it captured.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -28,19 +27,7 @@ class Graph:
 
 
 _RECORDING = Lock()
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """One recording at a time, and no garbage collection: a graph of an engine that is gone would end it by being destroyed."""
-    with _RECORDING:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if enabled:
-                gc.enable()
+"""Held while a graph is recorded, by whichever device: torch does one at a time."""
 
 
 class Device:
@@ -132,8 +119,8 @@ class Device:
     def _record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with _alone():
-            # Here a library may load a kernel, and other threads do what they want.
+        with _RECORDING:
+            # Relaxed: a library may load a kernel, Python's collector destroy the graphs of an engine that is gone.
             graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
             try:
                 result = run()

@@ -68,8 +68,8 @@ class Steps:
         self.loose = LooseSteps(device, forward, rows, sampler, plans, max_num_batched_tokens)
 
     def compile(self) -> None:
-        """Compile what steps launch; what only guesses need may come later."""
-        self._device.compile(self.loose.compile, self.decode.compile, self.chunk.compile, later=[self.short.compile])
+        """Compile what steps launch, the kernels that take longest first; what only guesses need may come later."""
+        self._device.compile(self.decode.compile, self.loose.compile, self.chunk.compile, later=[self.short.compile])
 
     def prepare(self) -> None:
         """Measure and capture what steps need."""
