@@ -54,3 +54,26 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tupl
         return folder, model
 
     return make
+
+
+END = 95
+
+
+@pytest.fixture(scope="session")
+def write_tokenizer() -> Callable[[Path], int]:
+    """A function that gives a folder a tokenizer of 96 tokens: the printable characters of ASCII, and the end of a sequence.
+
+    It returns the token of that end.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    def write(folder: Path) -> int:
+        characters = {"\u0120" if code == 32 else chr(code): code - 32 for code in range(32, 32 + END)}
+        tokenizer = Tokenizer(models.BPE(vocab=characters, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return END
+
+    return write

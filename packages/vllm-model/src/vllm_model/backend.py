@@ -17,6 +17,7 @@ from vllm_model.machine import free_memory_bytes, usable_cores
 from vllm_model.model_config import ModelConfig
 from vllm_model.native import build, load_kernels
 from vllm_model.quantization import Quantization, Weight
+from vllm_model.structured import Grammars, HeldRows
 from vllm_model.verifier import Indices
 from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelBackend, ModelSpec
 from vllm_traits.batch import Batch, BatchOutput, BatchState
@@ -44,6 +45,7 @@ class TorchBackend:
         max_model_len: Longest sequence; None: the model's own.
         kv_cache_memory_bytes: For the KV cache; None: what is free, up to a bound.
         gpu_memory_utilization: Share of a GPU's memory to use in all.
+        grammars: For rows that are held to one; None: there are none.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class TorchBackend:
         max_model_len: int | None = None,
         kv_cache_memory_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        grammars: Grammars | None = None,
     ) -> None:
         if max_model_len is not None and not 2 <= max_model_len <= config.max_model_len:
             raise ConfigError(f"max_model_len is {max_model_len}; this model allows 2 to {config.max_model_len}.")
@@ -65,7 +68,10 @@ class TorchBackend:
             max_model_len=max_model_len or config.max_model_len,
             eos_token_ids=config.eos_token_ids,
             max_draft_tokens=MAX_DRAFT_TOKENS,
+            supports_structured_outputs=grammars is not None,
         )
+        self.grammars = grammars
+        self._held = None if grammars is None else HeldRows(grammars)
         self._take_weights(weights)
         self._kv_cache_memory_bytes = kv_cache_memory_bytes
         self._gpu_memory_utilization = gpu_memory_utilization
@@ -130,7 +136,7 @@ class TorchBackend:
         def logits_of(places: Indices) -> torch.Tensor:
             return self._logits(hidden if len(places) == len(hidden) else hidden[torch.from_numpy(places).to(self.device)])
 
-        return sample_in_pieces(batch, logits_of, len(wanted), first)
+        return sample_in_pieces(batch, logits_of, len(wanted), first, held=self._held)
 
     def _stored_tokens(self, block_size: int) -> int:
         """Tokens that a block has room for."""
@@ -211,6 +217,7 @@ def load_backend(
         "max_model_len": max_model_len,
         "kv_cache_memory_bytes": kv_cache_memory_bytes,
         "gpu_memory_utilization": gpu_memory_utilization,
+        "grammars": Grammars.of(path, config.vocab_size, config.eos_token_ids),
     }
     native = where.type == "cpu" and can_run_native(config, computed)
     if not native:

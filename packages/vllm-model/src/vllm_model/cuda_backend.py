@@ -16,6 +16,7 @@ from vllm_model.cuda.steps import MAX_DRAFT_TOKENS, Steps
 from vllm_model.decoder import Decoder
 from vllm_model.kv_cache import PagedKvCache
 from vllm_model.model_config import ModelConfig
+from vllm_model.structured import Grammars
 from vllm_traits.backend import CompletedStep, KvCacheBudget, ModelSpec
 from vllm_traits.batch import Batch, BatchState
 from vllm_traits.errors import BackendError, BackendOutOfMemoryError, ConfigError
@@ -25,7 +26,7 @@ class CudaBackend:
     """Runs a :class:`Decoder`'s weights with Triton kernels.
 
     Args:
-        config, weights, name, max_model_len, kv_cache_memory_bytes, gpu_memory_utilization: As of
+        config, weights, name, max_model_len, kv_cache_memory_bytes, gpu_memory_utilization, grammars: As of
             :class:`~vllm_model.backend.TorchBackend`.
         kv_cache_dtype: ``torch.float8_e4m3fn``, with scales that are measured at the start, or None: the weights'.
     """
@@ -40,6 +41,7 @@ class CudaBackend:
         kv_cache_memory_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
         kv_cache_dtype: torch.dtype | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         if max_model_len is not None and not 2 <= max_model_len <= config.max_model_len:
             raise ConfigError(f"max_model_len is {max_model_len}; this model allows 2 to {config.max_model_len}.")
@@ -51,7 +53,9 @@ class CudaBackend:
             eos_token_ids=config.eos_token_ids,
             supports_overlap=True,
             max_draft_tokens=MAX_DRAFT_TOKENS,
+            supports_structured_outputs=grammars is not None,
         )
+        self.grammars = grammars
         self.decoder = Decoder(config, weights, self.spec.max_model_len)
         self.device = self.decoder.embedding.device
         self.dtype = self.decoder.embedding.dtype
@@ -130,6 +134,7 @@ class CudaBackend:
             max_num_seqs=max_num_seqs,
             max_blocks=max_blocks,
             max_num_batched_tokens=max_num_batched_tokens,
+            grammars=self.grammars,
         )
 
     def submit(self, batch: Batch) -> RunningStep | CompletedStep:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from vllm_model.sampler import sample, token_logprobs
+from vllm_model.structured import HeldRows
 from vllm_model.verifier import Indices, accept_guesses, guess_table, sampled_entries
 from vllm_traits.batch import Batch, BatchOutput, TokenLogprobs
 from vllm_traits.sampling_params import SamplingParams
@@ -36,6 +37,7 @@ def is_special(params: SamplingParams) -> bool:
         or params.logit_bias is not None
         or params.allowed_token_ids is not None
         or params.min_tokens > 0
+        or params.structured_outputs is not None
     )
 
 
@@ -74,6 +76,7 @@ def sample_in_pieces(
     num_wanted: int,
     first: Indices,
     pending: Mapping[int, int] | None = None,
+    held: HeldRows | None = None,
 ) -> BatchOutput:
     """All that a step gives, with the logits of at most ``PIECE`` tokens in memory at once.
 
@@ -84,9 +87,11 @@ def sample_in_pieces(
         num_wanted: How many :func:`wanted_tokens` there are.
         first: Of :func:`wanted_tokens`.
         pending: By row, the token that ``LAST_SAMPLED`` stands for.
+        held: Rows that are held to a grammar.
     """
     prompt_logprobs = {row: _prompt_logprobs(batch, row, logits_of, int(first[row])) for row in _scored_rows(batch)}
     entries = sampled_entries(batch)
+    masks = None if held is None else held.masks(batch, entries)
     ends = np.append(first[1:], num_wanted)[entries.rows]
     at = ends - 1 - batch.num_draft[entries.rows] + entries.places  # a row's own logits are its last wanted ones
     sampled = np.full((batch.num_rows, entries.width), -1, np.int64)
@@ -96,7 +101,7 @@ def sample_in_pieces(
         own = logits_of(at[piece])
         reported = [i for i, row in enumerate(part.rows.tolist()) if params_of(batch, row).logprobs is not None]
         raw = own[torch.tensor(reported, device=own.device)] if reported else own
-        tokens = sample(own, batch, part, pending).cpu().numpy()
+        tokens = sample(own, batch, part, pending, masks and masks.part(piece)).cpu().numpy()
         sampled[part.rows, part.places] = tokens
         for place, i in enumerate(reported):
             row = int(part.rows[i])

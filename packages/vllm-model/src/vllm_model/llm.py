@@ -13,6 +13,7 @@ from vllm_model.hub import resolve_model
 from vllm_model.loaders import LoadFormat
 from vllm_model.quantization import Quantization
 from vllm_model.speculative import SpeculativeConfig
+from vllm_model.structured import Grammars
 from vllm_model.tokenizer import Tokenizer
 from vllm_traits.errors import InvalidRequestError
 
@@ -100,6 +101,7 @@ class LLM:
             config = speculation.applied_to(config, backend.spec)
             draft = speculation.load_draft(**hardware)
         self.engine = Engine(backend, draft, config=config)
+        self._grammars: Grammars | None = getattr(backend, "grammars", None)
         self.tokenizer = None if skip_tokenizer_init else Tokenizer.from_pretrained(path)
         self.chat_template = None if self.tokenizer is None else ChatTemplate.of(self.tokenizer)
         self._num_requests = 0
@@ -187,6 +189,8 @@ class LLM:
             # The longest are begun first: what is begun last decides when all are done.
             for index in sorted(range(len(prompts)), key=lambda index: -(sampling_params[index].max_tokens or sys.maxsize)):
                 prompt, params, request_id = prompts[index], sampling_params[index], str(self._num_requests + index)
+                if self._grammars is not None:
+                    self._grammars.check(params)
                 outputs[index] = self.engine.add_request(request_id, prompt, params)
                 if self.tokenizer is not None and params.detokenize:
                     texts[request_id] = [IncrementalDetokenizer(self.tokenizer, prompt, params) for _ in range(params.n)]

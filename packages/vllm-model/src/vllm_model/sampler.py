@@ -12,6 +12,7 @@ import torch
 
 from vllm_model.native import draw_tokens, load_kernels
 from vllm_model.noise import gumbel_noise
+from vllm_model.structured import StepMasks
 from vllm_model.verifier import SampledEntries
 from vllm_traits.batch import Batch, BatchState, TokenLogprobs
 from vllm_traits.sampling_params import SamplingParams
@@ -21,7 +22,11 @@ NOISE_AT_ONCE = 1 << 16
 
 
 def sample(
-    logits: torch.Tensor, batch: Batch, entries: SampledEntries, pending: Mapping[int, int] | None = None
+    logits: torch.Tensor,
+    batch: Batch,
+    entries: SampledEntries,
+    pending: Mapping[int, int] | None = None,
+    masks: StepMasks | None = None,
 ) -> torch.Tensor:
     """The tokens of some places of some rows, each with the noise of its own position.
 
@@ -30,12 +35,17 @@ def sample(
         batch: The step, whose state is still as it was.
         entries: What is to be sampled.
         pending: By row, the token before, where the state does not have it yet.
+        masks: What may be sampled, of entries that are held to a grammar.
 
     Returns:
         int64 ``[len(entries)]``.
     """
     state, slots = batch.state, batch.slots[entries.rows]
     _adjust_all(logits, batch, entries, pending or {})
+    if masks is not None:
+        entry = torch.from_numpy(masks.entries).to(logits.device)
+        banned = torch.from_numpy(~masks.allowed(logits.shape[1])).to(logits.device)
+        logits[entry] = logits[entry].masked_fill_(banned, -torch.inf)
     kernels = load_kernels() if logits.device.type == "cpu" else None
     if kernels is not None:
         return draw_tokens(

@@ -93,6 +93,10 @@ class Tokenizer:
         """Text of ``token_ids``; bytes that are no UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
+    def to_json(self) -> str:
+        """As the text of a ``tokenizer.json``."""
+        return self._tokenizer.to_str()
+
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it; None if there is none."""
         return self._tokenizer.id_to_token(token_id)

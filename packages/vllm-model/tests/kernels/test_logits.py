@@ -11,7 +11,7 @@ ROWS = 6
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("what", ["penalties", "bitmask", "bias", "all"])
+@pytest.mark.parametrize("what", ["penalties", "bitmask", "bias", "all", "all, masks elsewhere"])
 def test_process_logits(vocab: int, what: str, device: str, check: Check) -> None:
     slots = torch.randperm(ROWS + 2)[:ROWS].int().to(device)
     words = -(-vocab // 32)
@@ -24,12 +24,12 @@ def test_process_logits(vocab: int, what: str, device: str, check: Check) -> Non
         for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
     }
     fields: dict[str, torch.Tensor] = {}
-    if what in ("penalties", "all"):
+    if what == "penalties" or "all" in what:
         counts = torch.randint(0, 3, (ROWS + 2, vocab), dtype=torch.int16, device=device)
         fields |= {"output_counts": counts, "prompt_bits": bits(), **values}
-    if what in ("bitmask", "all"):
+    if what == "bitmask" or "all" in what:
         fields["bitmask"] = bits()
-    if what in ("bias", "all"):
+    if what == "bias" or "all" in what:
         tokens = torch.stack([torch.randperm(vocab, device=device)[:9] for _ in range(ROWS + 2)]).int()
         tokens[:, 4] = -1
         tokens[:, 5] = vocab + 3
@@ -39,10 +39,11 @@ def test_process_logits(vocab: int, what: str, device: str, check: Check) -> Non
     logits = (torch.randn(ROWS, vocab, device=device) * 3).bfloat16()
     slots[1] = -1
     out = torch.full((ROWS, vocab), float("nan"), device=device)
-    process_logits(logits, slots, state, out)
+    mask_rows = torch.randint(0, ROWS + 2, (ROWS,), device=device).int() if "elsewhere" in what else None
+    process_logits(logits, slots, state, out, mask_rows=mask_rows)
     live = slots >= 0
     assert out[~live].isnan().all()
-    expected = process_logits_reference(logits.double(), slots, state)[live]
+    expected = process_logits_reference(logits.double(), slots, state, mask_rows)[live]
     assert torch.equal(out[live].isinf(), expected.isinf())
     check(out[live].nan_to_num(neginf=0.0), expected.nan_to_num(neginf=0.0), 1e-6)
 

@@ -46,7 +46,14 @@ class DeviceSampler:
         kind = sampling_mode(batch.state, slots)
         return Sampling(kind, self._logits_rows.adjust(batch), bool((self._logits_rows.num_logprobs[slots] >= 0).any()))
 
-    def draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, mode: Sampling) -> torch.Tensor:
+    def draw(
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        mode: Sampling,
+        mask_rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """One token a row.
 
         Args:
@@ -54,13 +61,14 @@ class DeviceSampler:
             slots: int32 ``[rows]``; -1: no token.
             positions: int32 ``[rows]``, of the tokens to be drawn.
             mode: What to apply.
+            mask_rows: int32 ``[rows]``, of :meth:`LogitsRows.mask_rows`; None: a slot's own.
 
         Returns:
             int32 ``[rows]``.
         """
         rows = self._rows
         if mode.adjusts:
-            logits = self._logits_rows.adjusted(logits, slots, positions)
+            logits = self._logits_rows.adjusted(logits, slots, positions, mask_rows)
         filters = (rows.top_k, rows.top_p, rows.min_p) if mode.kind == "filtered" else (None, None, None)
         return sample(
             logits,

@@ -1,6 +1,9 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 """What changes the logits of a slot stands on the device too: penalties and what they count, bias, allowed and banned tokens.
 
+What a grammar allows is sent with each step: to the row of its slot in the bitmask or, of rows with guesses, for each of their
+tokens to a row behind those.
+
 A row whose last token the host knows has its history sent anew; one that runs the token sampled last (``LAST_SAMPLED``) has it
 counted on the device since. So whatever was guessed and thrown away in between, the counts are those of the sequence.
 """
@@ -15,7 +18,9 @@ from vllm_model.cuda.device import Device
 from vllm_model.host_sampling import is_special
 from vllm_model.kernels._launch import launch, power_of_two
 from vllm_model.kernels.logits import LogitsState, process_logits
-from vllm_traits.batch import Batch, BatchState
+from vllm_model.structured import HeldRows
+from vllm_model.verifier import sampled_entries
+from vllm_traits.batch import Batch, BatchState, IntArray
 from vllm_traits.sampling_params import MAX_LIST_LENGTH, SamplingParams
 
 MOST_BANS = 64
@@ -40,10 +45,18 @@ class LogitsRows:
         device: Where.
         max_num_seqs: Slots.
         vocab_size: Tokens.
+        held: Rows that are held to a grammar; None: none can be.
+        most_entries: Most tokens sampled in a step.
     """
 
-    def __init__(self, device: Device, max_num_seqs: int, vocab_size: int) -> None:
+    def __init__(
+        self, device: Device, max_num_seqs: int, vocab_size: int, held: HeldRows | None = None, most_entries: int = 0
+    ) -> None:
         where, words = device.device, -(-vocab_size // 32)
+        masks = max_num_seqs + (most_entries if held is not None else 0)
+        self.held = held
+        self._mask_rows: IntArray | None = None
+        """Of each entry of the step: the row of the bitmask that holds for it; None: that of its slot."""
         self._device, self._vocab_size, self._words = device, vocab_size, words
         self._floats = torch.zeros(3, max_num_seqs, dtype=torch.float32, device=where)
         self._floats[0] = 1.0
@@ -53,7 +66,7 @@ class LogitsRows:
             repetition_penalty=self._floats[0],
             frequency_penalty=self._floats[1],
             presence_penalty=self._floats[2],
-            bitmask=torch.full((max_num_seqs, words), -1, dtype=torch.int32, device=where),
+            bitmask=torch.full((masks, words), -1, dtype=torch.int32, device=where),
             bias_tokens=torch.full((max_num_seqs, MAX_LIST_LENGTH), -1, dtype=torch.int32, device=where),
             bias_values=torch.zeros(max_num_seqs, MAX_LIST_LENGTH, dtype=torch.float32, device=where),
         )
@@ -63,6 +76,7 @@ class LogitsRows:
         self._adjusted: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
         self._penalised: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
         self._scored: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
+        self._constrained: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
         self._many_bans: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
         self._until: npt.NDArray[np.int64] = np.zeros(max_num_seqs, np.int64)
         self.num_logprobs: npt.NDArray[np.int32] = np.full(max_num_seqs, -1, np.int32)
@@ -98,6 +112,34 @@ class LogitsRows:
             np.concatenate(values), np.int16
         )
 
+    def send_masks(self, batch: Batch) -> None:
+        """Bring what grammars allow in this step to the device.
+
+        Raises:
+            BackendError: Something is no grammar.
+        """
+        self._mask_rows = None
+        if self.held is None or not self._constrained[batch.slots].any():
+            return
+        entries = sampled_entries(batch)
+        masks = self.held.masks(batch, entries)
+        if masks is None:
+            return
+        rows, places = entries.rows[masks.entries], batch.slots[entries.rows]
+        for slot, bits in zip(batch.slots[rows].tolist(), masks.bits, strict=True):
+            params = batch.state.params[slot]
+            if params is not None and params.allowed_token_ids is not None:
+                bits &= self._bits(np.array(params.allowed_token_ids))
+        behind = len(self._constrained) + masks.entries
+        places[masks.entries] = np.where(batch.num_draft[rows] > 0, behind, places[masks.entries])
+        self._mask_rows, bitmask = places, self._state.bitmask
+        assert bitmask is not None
+        bitmask[self._device.send(places[masks.entries], np.int64)] = self._device.send(masks.bits, np.int32)
+
+    def mask_rows(self, batch: Batch) -> IntArray:
+        """Of each token that the step samples: the row of the bitmask that holds for it, int32 ``[num_entries]``."""
+        return batch.slots[sampled_entries(batch).rows] if self._mask_rows is None else self._mask_rows
+
     def need_host(self, batch: Batch) -> bool:
         """Whether some row needs its logits on the host: scored prompts, guesses behind penalties, reports beside guesses."""
         slots = batch.slots
@@ -118,11 +160,13 @@ class LogitsRows:
         """Whether the logits of some row depend on the tokens before."""
         return bool((self._penalised[batch.slots] & batch.sample).any())
 
-    def adjusted(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def adjusted(
+        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, mask_rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The logits as parameters want them, float32 ``[rows, vocab_size]``; arguments as :meth:`DeviceSampler.draw`."""
         rows, vocab_size = logits.shape
         room = logits.new_empty(rows, (vocab_size // 4 + 1) * 4, dtype=torch.float32)
-        out = process_logits(logits, slots, self._state, room[:, :vocab_size], pdl=self._device.pdl)
+        out = process_logits(logits, slots, self._state, room[:, :vocab_size], mask_rows=mask_rows, pdl=self._device.pdl)
         slot = slots.clamp(min=0).long()
         banned = self._ban_tokens[slot]  # [rows, MOST_BANS]
         banned = torch.where((banned >= 0) & (positions < self._ban_until[slot])[:, None], banned, vocab_size)
@@ -140,7 +184,10 @@ class LogitsRows:
         stops = state.stop_token_ids[slot] if params.min_tokens else ()
         bias = params.logit_bias or {}
         self._penalised[slot] = params.has_penalties
-        self._adjusted[slot] = params.has_penalties or bool(bias) or params.allowed_token_ids is not None
+        self._constrained[slot] = params.structured_outputs is not None
+        self._adjusted[slot] = (
+            params.has_penalties or bool(bias) or params.allowed_token_ids is not None or bool(self._constrained[slot])
+        )
         self._scored[slot] = params.prompt_logprobs is not None
         self._many_bans[slot] = len(stops) > MOST_BANS
         self._until[slot] = prompt + params.min_tokens if stops else 0

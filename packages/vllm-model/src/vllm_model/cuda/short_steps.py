@@ -19,6 +19,7 @@ from vllm_model.cuda.device import Device, Graph
 from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import Forward
+from vllm_model.cuda.logits_rows import LogitsRows
 from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows
 from vllm_model.kernels._launch import launch, power_of_two
@@ -30,8 +31,9 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Rows that graphs are captured for, when they are needed."""
 WIDTHS = (2, 3, 5, 9)
 """Tokens of a row."""
-TOKEN_FIELDS = 6
-"""Of a token that the host sends: itself, position, slot, slot to sample for, and a new block: place in the tables, block."""
+TOKEN_FIELDS = 7
+"""Of a token that the host sends: itself, position, slot, slot to sample for, a new block (place in the tables, block), and the
+row of the bitmask."""
 ROW_FIELDS = 5
 """Of a row: slot, length with these tokens, position of the first, place of the first that is sampled after, how many are."""
 BLOCK = 256
@@ -39,7 +41,7 @@ BLOCK = 256
 
 @triton.jit(do_not_specialize=["tokens", "room"])
 def _begin_kernel(staged, tables, last_token, token_ids, tokens, room, B: tl.constexpr):  # noqa: N803
-    """Take in new blocks, and put the tokens sampled last where they are wanted; ``staged`` int32 ``[6, room]``."""
+    """Take in new blocks, and put the tokens sampled last where they are wanted; ``staged`` int32 ``[7, room]``."""
     i = tl.program_id(0) * B + tl.arange(0, B)
     mask = i < tokens
     token = tl.load(staged + i, mask=mask, other=0)
@@ -56,11 +58,20 @@ class ShortSteps:
 
     Args:
         device: Where.
-        forward, rows, sampler, plans: What the steps are made of.
+        forward, rows, logits_rows, sampler, plans: What the steps are made of.
     """
 
-    def __init__(self, device: Device, forward: Forward, rows: DeviceRows, sampler: DeviceSampler, plans: DecodePlans) -> None:
+    def __init__(
+        self,
+        device: Device,
+        forward: Forward,
+        rows: DeviceRows,
+        logits_rows: LogitsRows,
+        sampler: DeviceSampler,
+        plans: DecodePlans,
+    ) -> None:
         self._device, self._forward, self._rows, self._sampler, self._plans = device, forward, rows, sampler, plans
+        self._logits_rows = logits_rows
         most = rows.max_num_seqs
         self._sizes = [*(size for size in SIZES if size < most), most]
         self._widths = [width for width in WIDTHS if width <= plans.max_queries]
@@ -93,10 +104,10 @@ class ShortSteps:
         if found is None:
             staged = self._empty(*shape)
             found = self.graphs[key] = self._device.capture(staged, lambda: self._run(staged, *key))
-        found.staged.copy_(self._stage(batch, *shape), non_blocking=True)
+        found.staged.copy_(self._stage(batch, *shape, mode), non_blocking=True)
         return found.replay()
 
-    def _stage(self, batch: Batch, size: int, width: int) -> torch.Tensor:
+    def _stage(self, batch: Batch, size: int, width: int, mode: Sampling) -> torch.Tensor:
         """What a step sends: pinned int32, :data:`TOKEN_FIELDS` of each token, then :data:`ROW_FIELDS` of each row."""
         room, rows_room = _up(size * width), _up(size)
         self._turn += 1
@@ -107,10 +118,13 @@ class ShortSteps:
         member = np.repeat(np.arange(n), lens)
         place = np.arange(batch.num_tokens) - batch.query_start[member]
         at, first = member * width + place, lens - 1 - batch.num_draft
-        tokens[:2], tokens[2:4] = 0, -1
+        tokens[:2], tokens[2:4], tokens[6] = 0, -1, 0
         tokens[0, at], tokens[1, at] = batch.token_ids, batch.num_computed[member] + place
         tokens[2, at] = batch.slots[member]
-        tokens[3, at] = np.where(batch.sample[member] & (place >= first[member]), batch.slots[member], -1)
+        sampled = batch.sample[member] & (place >= first[member])
+        tokens[3, at] = np.where(sampled, batch.slots[member], -1)
+        if mode.adjusts:
+            tokens[6, at[sampled]] = self._logits_rows.mask_rows(batch)
         self._rows.stage_blocks(batch, tokens[4, : size * width], tokens[5, : size * width])
         rows[0], rows[1:] = -1, 0
         rows[0, :n], rows[1, :n], rows[2, :n] = batch.slots, batch.num_computed + lens, batch.num_computed
@@ -131,7 +145,7 @@ class ShortSteps:
         """Everything between what was sent and the accepted tokens, int32 ``[size, width]``."""
         forward, rows = self._forward, self._rows
         num, room = size * width, _up(size * width)
-        _, positions, slots, sampled_slots, *_ = staged[: TOKEN_FIELDS * room].view(-1, room)[:, :num]
+        _, positions, slots, sampled_slots, *_, mask_rows = staged[: TOKEN_FIELDS * room].view(-1, room)[:, :num]
         row_slots, lens, starts, first, counts = staged[TOKEN_FIELDS * room :].view(ROW_FIELDS, -1)[:, :size]
         token_ids = make(num, dtype=torch.int32, device=staged.device)
         grid = (-(-num // BLOCK),)
@@ -142,7 +156,7 @@ class ShortSteps:
             return forward.attend_few(layer, q, plan, width, starts)
 
         hidden = forward.layers(token_ids, positions, slots, attend)
-        drawn = self._sampler.draw(forward.logits(hidden), sampled_slots, positions + 1, mode)
+        drawn = self._sampler.draw(forward.logits(hidden), sampled_slots, positions + 1, mode, mask_rows)
         return accept(drawn.view(size, width), token_ids.view(size, width), row_slots, first, counts, rows.last_token)
 
 

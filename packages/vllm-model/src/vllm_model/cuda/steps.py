@@ -16,6 +16,7 @@ from vllm_model.cuda.rows import DeviceRows
 from vllm_model.cuda.short_steps import ShortSteps
 from vllm_model.decoder import Decoder
 from vllm_model.kv_cache import PagedKvCache
+from vllm_model.structured import Grammars, HeldRows
 from vllm_traits.backend import CompletedStep
 from vllm_traits.batch import Batch
 from vllm_traits.sampling_params import MAX_LOGPROBS
@@ -40,6 +41,7 @@ class Steps:
         max_num_seqs: Slots.
         max_blocks: Most blocks of a sequence.
         max_num_batched_tokens: Tokens of the longest step.
+        grammars: For rows that are held to one, if there are any.
     """
 
     def __init__(
@@ -51,11 +53,14 @@ class Steps:
         max_num_seqs: int,
         max_blocks: int,
         max_num_batched_tokens: int,
+        grammars: Grammars | None = None,
     ) -> None:
         self._device = device
         self._rows = rows = DeviceRows(device, max_num_seqs, max_blocks)
         self._vocab_size: int = decoder.config.vocab_size
-        self._logits_rows = logits_rows = LogitsRows(device, max_num_seqs, self._vocab_size)
+        held = None if grammars is None else HeldRows(grammars)
+        most_entries = max_num_seqs * (1 + MAX_DRAFT_TOKENS)
+        self._logits_rows = logits_rows = LogitsRows(device, max_num_seqs, self._vocab_size, held, most_entries)
         most_logits = max(max_num_seqs, min(MOST_LOGITS, max_num_seqs * (1 + MAX_DRAFT_TOKENS)))
         self._sampler = sampler = DeviceSampler(device, rows, logits_rows, most_logits)
         self._forward = forward = Forward(device, decoder, cache, rows.tables)
@@ -63,9 +68,9 @@ class Steps:
         plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size, widest, fp8=fp8)
         self._finisher = Finisher(device, rows, max_num_seqs * max(1 + MAX_DRAFT_TOKENS, 3 + 2 * MAX_LOGPROBS))
         self.decode = DecodeSteps(device, forward, rows, sampler, plans, self._finisher.ring)
-        self.short = ShortSteps(device, forward, rows, sampler, plans)
+        self.short = ShortSteps(device, forward, rows, logits_rows, sampler, plans)
         self.chunk = ChunkSteps(device, forward, rows, max_num_batched_tokens)
-        self.loose = LooseSteps(device, forward, rows, sampler, plans, max_num_batched_tokens)
+        self.loose = LooseSteps(device, forward, rows, logits_rows, sampler, plans, max_num_batched_tokens)
 
     def compile(self) -> None:
         """Compile what steps launch, the kernels that take longest first; what only guesses need may come later."""
@@ -103,6 +108,7 @@ class Steps:
             self._rows.send_changes(batch)
             self._logits_rows.send_changes(batch)
         self._logits_rows.send_histories(batch)
+        self._logits_rows.send_masks(batch)
         if self._logits_rows.need_host(batch):
             return self.loose.run_with_host(batch)
         mode, finish = self._sampler.mode(batch), self._finisher.finish

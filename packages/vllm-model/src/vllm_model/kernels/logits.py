@@ -23,6 +23,7 @@ def _process_kernel(
     logits_ptr,  # [rows, vocab]
     out_ptr,  # float32 [rows, vocab]
     slots_ptr,  # [rows]
+    mask_rows_ptr,  # [rows]
     counts_ptr,  # int16 [max_slots, vocab]
     prompt_ptr,  # int32 [max_slots, words]
     repetition_ptr,  # float32 [max_slots]
@@ -41,6 +42,7 @@ def _process_kernel(
     max_bias,
     PENALTIES: tl.constexpr,
     BITMASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,  # the bitmask's row is not the slot
     BIAS: tl.constexpr,  # this launch visits the biased tokens alone, after the launch that visits all
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -65,7 +67,10 @@ def _process_kernel(
             repetition = tl.load(repetition_ptr + slot)
             x = _penalise(x, count, in_prompt, repetition, tl.load(frequency_ptr + slot), tl.load(presence_ptr + slot))
         if BITMASK:
-            word = tl.load(bitmask_ptr + slot * bitmask_stride + token // 32, mask=mask, other=0)
+            mask_row = slot
+            if MASK_ROWS:
+                mask_row = tl.load(mask_rows_ptr + row).to(tl.int64)
+            word = tl.load(bitmask_ptr + mask_row * bitmask_stride + token // 32, mask=mask, other=0)
             x = tl.where(((word >> (token % 32)) & 1) != 0, x, float("-inf"))
         tl.store(out_ptr + row * out_stride + token, x, mask=mask)
 
@@ -78,7 +83,7 @@ class LogitsState:
         output_counts: int16 ``[max_slots, vocab]``, how often each token was generated.
         prompt_bits: int32 ``[max_slots, ceil(vocab / 32)]``, bit ``token % 32`` of word ``token // 32``: stands in the prompt.
         repetition_penalty, frequency_penalty, presence_penalty: float32 ``[max_slots]``.
-        bitmask: int32 ``[max_slots, ceil(vocab / 32)]``, bit set: allowed (all ones where nothing is banned).
+        bitmask: int32 ``[max_slots or more, ceil(vocab / 32)]``, bit set: allowed (all ones where nothing is banned).
         bias_tokens: int32 ``[max_slots, max_bias]``, no token twice in a row; -1 and what is past the vocabulary is skipped.
         bias_values: float32 ``[max_slots, max_bias]``, added to the logit; ``-inf`` bans.
     """
@@ -94,7 +99,13 @@ class LogitsState:
 
 
 def process_logits(
-    logits: torch.Tensor, slots: torch.Tensor, state: LogitsState, out: torch.Tensor | None = None, *, pdl: bool = False
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    state: LogitsState,
+    out: torch.Tensor | None = None,
+    *,
+    mask_rows: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """Bias, then repetition, frequency and presence penalty, then the bitmask, in vLLM's order and meaning.
 
@@ -103,6 +114,7 @@ def process_logits(
         slots: int32 ``[rows]``; rows with -1 are not written.
         state: What to apply.
         out: float32 ``[rows, vocab]``, another tensor than ``logits``; a new one when None.
+        mask_rows: int32 ``[rows]``, the row of the bitmask that holds for each; None: that of its slot.
         pdl: Programmatic dependent launch.
 
     Returns:
@@ -131,6 +143,7 @@ def process_logits(
             logits,
             out,
             slots,
+            mask_rows,
             state.output_counts,
             state.prompt_bits,
             state.repetition_penalty,
@@ -149,6 +162,7 @@ def process_logits(
             entries,
             PENALTIES=state.output_counts is not None,
             BITMASK=state.bitmask is not None,
+            MASK_ROWS=mask_rows is not None,
             BIAS=bias,
             BLOCK=block,
             PDL=pdl,
@@ -157,15 +171,17 @@ def process_logits(
     return out
 
 
-def process_logits_reference(logits: torch.Tensor, slots: torch.Tensor, state: LogitsState) -> torch.Tensor:
+def process_logits_reference(
+    logits: torch.Tensor, slots: torch.Tensor, state: LogitsState, mask_rows: torch.Tensor | None = None
+) -> torch.Tensor:
     """What :func:`process_logits` computes for rows with a slot, in the type of ``logits``."""
     slot = slots.clamp(min=0).long()
     vocab = logits.shape[1]
     out = logits.clone()
     token = torch.arange(vocab, device=logits.device)
 
-    def bits(words: torch.Tensor) -> torch.Tensor:
-        return ((words[slot][:, token // 32] >> (token % 32)) & 1).bool()
+    def bits(words: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return ((words[rows][:, token // 32] >> (token % 32)) & 1).bool()
 
     if state.bias_tokens is not None and state.bias_values is not None:
         for row, s in enumerate(slot.tolist()):
@@ -178,9 +194,12 @@ def process_logits_reference(logits: torch.Tensor, slots: torch.Tensor, state: L
         assert state.frequency_penalty is not None
         assert state.presence_penalty is not None
         count = state.output_counts[slot].to(out.dtype)
-        factor = torch.where((count > 0) | bits(state.prompt_bits), state.repetition_penalty[slot][:, None].to(out.dtype), 1.0)
+        factor = torch.where(
+            (count > 0) | bits(state.prompt_bits, slot), state.repetition_penalty[slot][:, None].to(out.dtype), 1.0
+        )
         out = torch.where(out > 0, out / factor, out * factor)
         out = out - state.frequency_penalty[slot][:, None] * count - state.presence_penalty[slot][:, None] * (count > 0)
     if state.bitmask is not None:
-        out = out.masked_fill(~bits(state.bitmask), float("-inf"))
+        mask = slot if mask_rows is None else mask_rows.clamp(min=0).long()
+        out = out.masked_fill(~bits(state.bitmask, mask), float("-inf"))
     return out

@@ -1,0 +1,94 @@
+"""Rows that are held to a grammar, on the device: in the graphs that all rows have. On a card or on Triton's interpreter."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_core import Engine, EngineConfig, SamplingParams
+from vllm_model.structured import Grammars
+from vllm_model.tokenizer import Tokenizer
+from vllm_traits import conformance
+from vllm_traits.sampling_params import StructuredOutputsParams
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
+REGEX = r"(ab|cd){1,2}-[0-9]{2}"
+
+
+@pytest.fixture(scope="module")
+def grammars(tmp_path_factory: pytest.TempPathFactory, write_tokenizer: Callable[[Path], int]) -> Grammars:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    end = write_tokenizer(folder)
+    return Grammars(lambda: Tokenizer.from_pretrained(folder), 97, end)
+
+
+def held(regex: str, end: int, **params: Any) -> SamplingParams:
+    options = {"temperature": 1.0, "max_tokens": 12, "stop_token_ids": [end], "seed": 1} | params
+    return SamplingParams(**options, structured_outputs=StructuredOutputsParams(regex=regex))
+
+
+def text_of(output: Any, end: int) -> str:
+    return "".join(chr(32 + token) for token in output.outputs[0].token_ids if token != end)
+
+
+def test_they_run_beside_others_in_the_same_graphs(make_backend: Callable[..., Any], grammars: Grammars) -> None:
+    end, free = grammars.eos_token_id, SamplingParams(temperature=1.0, seed=7, max_tokens=8, ignore_eos=True)
+    digits = [ord(digit) - 32 for digit in "0123456789"]
+
+    def run(with_held: bool) -> tuple[list[int], list[Any], Any]:
+        backend = make_backend(grammars=grammars)
+        engine = Engine(backend, config=EngineConfig(max_num_seqs=4, max_num_batched_tokens=64, num_blocks=32))
+        backend.steps.loose.run_with_host = None  # it must not be called
+        other = engine.add_request("free", [1, 2, 3], free)
+        rows = []
+        if with_held:
+            rows.append(engine.add_request("a", [4, 5], held(REGEX, end)))
+            rows.append(engine.add_request("b", [6], held(REGEX, end, temperature=0.0, repetition_penalty=1.3)))
+            rows.append(engine.add_request("c", [8], held(r"[a-z0-9]{3}", end, allowed_token_ids=[*digits, end], logprobs=1)))
+        while engine.has_unfinished_requests():
+            engine.step()
+        return other.outputs[0].token_ids, rows, backend
+
+    alone, _, _ = run(with_held=False)
+    beside, (a, b, c), backend = run(with_held=True)
+    assert beside == alone
+    for row in (a, b):
+        assert re.fullmatch(REGEX, text_of(row, end)), text_of(row, end)
+    assert re.fullmatch(r"[0-9]{3}", text_of(c, end))
+    assert any(mode.adjusts for _, mode, _ in backend.steps.decode.graphs)
+
+
+@pytest.mark.parametrize("num_right", [0, 3, 8])
+def test_guesses_change_nothing(
+    num_right: int, make_backend: Callable[..., Any], grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each guess under what may come there: verified and accepted in a graph."""
+    params = held(r"(ab|[c-z]+ ){4,9}", grammars.eos_token_id, temperature=0.9, seed=5)
+    prompt = [(7 * i + 3) % 95 for i in range(19)]
+    driver = conformance.Driver(make_backend(grammars=grammars))
+    driver.place(0, prompt, [3, 9], params)
+    truth = driver.generate(0, 10)
+    assert re.match(r"(ab|[c-z]+ |[c-z])", "".join(chr(32 + token) for token in truth))
+    backend = make_backend(grammars=grammars)
+    conformance._guess(backend, prompt, params, truth, num_right)
+    assert any(mode.adjusts and width > 1 for _, width, mode in backend.steps.short.graphs)
+
+
+def test_guesses_that_no_graph_is_for(make_backend: Callable[..., Any], grammars: Grammars) -> None:
+    """Kernel by kernel, the same."""
+    params = held(r"(ab|[c-z]+ ){4,9}", grammars.eos_token_id, seed=2)
+    prompt = [5, 6, 7]
+    driver = conformance.Driver(make_backend(grammars=grammars))
+    driver.place(0, prompt, [3, 9], params)
+    truth = driver.generate(0, 6)
+    other = conformance.Driver(make_backend(grammars=grammars))
+    steps: Any = other.backend.steps  # type: ignore[attr-defined]
+    steps.short.shape_for = lambda batch: None
+    other.place(0, prompt, [3, 9], params)
+    other.run([other.rest(0)])
+    while len(other.output(0)) < len(truth):
+        done = len(other.output(0))
+        other.run([other.rest(0)], {0: [*truth[done : done + 2], 0]})
+    assert other.output(0)[: len(truth)] == truth
