@@ -20,10 +20,18 @@ def test_the_contract(law: Callable[..., None], make_backend: Callable[..., Any]
     law(make_backend)
 
 
-@pytest.mark.parametrize(("num_right", "temperature"), [(0, 0.0), (2, 0.9), (8, 0.9)])
-def test_steps_with_guesses_are_graphs(num_right: int, temperature: float, make_backend: Callable[..., Any]) -> None:
+PENALTIES = {"temperature": 0.0, "frequency_penalty": 2.0, "logit_bias": dict.fromkeys([3, 40, 41], 100.0)}
+"""Three tokens take turns: each guess decides what comes behind it."""
+
+
+@pytest.mark.parametrize(
+    ("num_right", "special"),
+    [(0, {"temperature": 0.0}), (2, {}), (8, {}), (4, PENALTIES)],
+    ids=["0 greedy", "2", "8", "4 penalised"],
+)
+def test_steps_with_guesses_are_graphs(num_right: int, special: dict[str, Any], make_backend: Callable[..., Any]) -> None:
     """Beside a row without guesses and one that is still at its prompt: the tokens of single steps."""
-    params = SamplingParams(temperature=temperature, seed=5, ignore_eos=True)
+    params = SamplingParams(**{"temperature": 0.9, "seed": 5, "ignore_eos": True} | special)
     prompt = [(7 * i + 3) % 97 for i in range(19)]
     driver = conformance.Driver(make_backend())
     driver.place(0, prompt, [3, 9], params)

@@ -17,6 +17,7 @@ from vllm_model.cuda.rows import DeviceRows
 from vllm_model.kernels import _launch, decode_plan
 from vllm_model.kernels.accept import accept
 from vllm_model.kernels.gemv import thin_linear
+from vllm_model.kernels.logits import Guessed
 from vllm_model.kernels.logprobs import token_logprobs
 from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.paged_prefill import paged_prefill
@@ -85,6 +86,7 @@ def others() -> None:
     rows.keep(ints, ints)
     logits_rows = LogitsRows(device, 2, x.shape[1])
     logits_rows.adjusted(x, ints, ints)
+    logits_rows.adjusted(x, ints, ints, Guessed(ints, ints, ints))
     logits_rows.count(ints, ints)
 
 

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vllm_model.kernels.logits import LogitsState, process_logits, process_logits_reference
+from vllm_model.kernels.logits import Guessed, LogitsState, process_logits, process_logits_reference
 
 Check = Callable[..., None]
 VOCABS = [100, 3000, pytest.param(151936, marks=pytest.mark.gpu)]
@@ -11,7 +11,7 @@ ROWS = 6
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("what", ["penalties", "bitmask", "bias", "all", "all, masks elsewhere"])
+@pytest.mark.parametrize("what", ["penalties", "bitmask", "bias", "all", "all, guessed"])
 def test_process_logits(vocab: int, what: str, device: str, check: Check) -> None:
     slots = torch.randperm(ROWS + 2)[:ROWS].int().to(device)
     words = -(-vocab // 32)
@@ -39,11 +39,16 @@ def test_process_logits(vocab: int, what: str, device: str, check: Check) -> Non
     logits = (torch.randn(ROWS, vocab, device=device) * 3).bfloat16()
     slots[1] = -1
     out = torch.full((ROWS, vocab), float("nan"), device=device)
-    mask_rows = torch.randint(0, ROWS + 2, (ROWS,), device=device).int() if "elsewhere" in what else None
-    process_logits(logits, slots, state, out, mask_rows=mask_rows)
+    guessed = None
+    if "guessed" in what:  # three rows: a token known, and as many guesses
+        masks, tokens = torch.randint(0, ROWS + 2, (ROWS,)), torch.randint(0, vocab, (ROWS,))
+        tokens[4] = tokens[3]
+        number = torch.tensor([0, 0, 1, 2, 3, 0])
+        guessed = Guessed(*(each.int().to(device) for each in (masks, tokens, number)))
+    process_logits(logits, slots, state, out, guessed=guessed)
     live = slots >= 0
     assert out[~live].isnan().all()
-    expected = process_logits_reference(logits.double(), slots, state, mask_rows)[live]
+    expected = process_logits_reference(logits.double(), slots, state, guessed)[live]
     assert torch.equal(out[live].isinf(), expected.isinf())
     check(out[live].nan_to_num(neginf=0.0), expected.nan_to_num(neginf=0.0), 1e-6)
 

@@ -8,6 +8,7 @@ import torch
 from vllm_model.cuda.device import Device
 from vllm_model.cuda.logits_rows import LogitsRows
 from vllm_model.cuda.rows import DeviceRows, sampling_mode
+from vllm_model.kernels.logits import Guessed
 from vllm_model.kernels.logprobs import token_logprobs
 from vllm_model.kernels.sampling import SamplerWorkspace, sample
 from vllm_traits.batch import Batch
@@ -52,7 +53,7 @@ class DeviceSampler:
         slots: torch.Tensor,
         positions: torch.Tensor,
         mode: Sampling,
-        mask_rows: torch.Tensor | None = None,
+        guessed: Guessed | None = None,
     ) -> torch.Tensor:
         """One token a row.
 
@@ -61,14 +62,14 @@ class DeviceSampler:
             slots: int32 ``[rows]``; -1: no token.
             positions: int32 ``[rows]``, of the tokens to be drawn.
             mode: What to apply.
-            mask_rows: int32 ``[rows]``, of :meth:`LogitsRows.mask_rows`; None: a slot's own.
+            guessed: Of a step with guesses.
 
         Returns:
             int32 ``[rows]``.
         """
         rows = self._rows
         if mode.adjusts:
-            logits = self._logits_rows.adjusted(logits, slots, positions, mask_rows)
+            logits = self._logits_rows.adjusted(logits, slots, positions, guessed)
         filters = (rows.top_k, rows.top_p, rows.min_p) if mode.kind == "filtered" else (None, None, None)
         return sample(
             logits,
@@ -83,6 +84,11 @@ class DeviceSampler:
             greedy=mode.kind == "greedy",
             pdl=self._pdl,
         )
+
+    def count(self, tokens: torch.Tensor, slots: torch.Tensor, mode: Sampling) -> None:
+        """What was sampled, for penalties; as :meth:`LogitsRows.count`."""
+        if mode.adjusts:
+            self._logits_rows.count(tokens, slots)
 
     def keep(
         self,
@@ -100,8 +106,7 @@ class DeviceSampler:
             log-probabilities of the most likely tokens and these; what is float32 in its bits.
         """
         self._rows.keep(tokens, slots, ring, place)
-        if mode.adjusts:
-            self._logits_rows.count(tokens, slots)
+        self.count(tokens, slots, mode)
         if not mode.reports:
             return tokens
         logprobs, ranks = token_logprobs(logits, tokens, self._workspace, pdl=self._pdl)

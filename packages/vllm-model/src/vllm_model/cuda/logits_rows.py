@@ -17,7 +17,7 @@ import triton.language as tl
 from vllm_model.cuda.device import Device
 from vllm_model.host_sampling import is_special
 from vllm_model.kernels._launch import launch, power_of_two
-from vllm_model.kernels.logits import LogitsState, process_logits
+from vllm_model.kernels.logits import Guessed, LogitsState, process_logits
 from vllm_model.structured import HeldRows
 from vllm_model.verifier import sampled_entries
 from vllm_traits.batch import Batch, BatchState, IntArray
@@ -136,19 +136,20 @@ class LogitsRows:
         assert bitmask is not None
         bitmask[self._device.send(places[masks.entries], np.int64)] = self._device.send(masks.bits, np.int32)
 
-    def mask_rows(self, batch: Batch) -> IntArray:
-        """Of each token that the step samples: the row of the bitmask that holds for it, int32 ``[num_entries]``."""
-        return batch.slots[sampled_entries(batch).rows] if self._mask_rows is None else self._mask_rows
+    def guessed(self, batch: Batch) -> tuple[IntArray, IntArray, IntArray]:
+        """Of each token that the step samples, int32 ``[num_entries]`` each, what :class:`Guessed` holds."""
+        entries = sampled_entries(batch)
+        mask_rows = batch.slots[entries.rows] if self._mask_rows is None else self._mask_rows
+        return mask_rows, batch.token_ids[entries.tokens], entries.places.astype(np.int32)
 
     def need_host(self, batch: Batch) -> bool:
-        """Whether some row needs its logits on the host: scored prompts, guesses behind penalties, reports beside guesses."""
+        """Whether some row needs its logits on the host: scored prompts, reports beside guesses, too many tokens held back."""
         slots = batch.slots
         if not self._special[slots].any():
             return False
         scored = self._scored[slots] & (batch.num_computed < batch.state.num_prompt_tokens[slots])
-        guesses = batch.num_draft > 0
-        guessed = (guesses & self._penalised[slots]) | (guesses.any() & (self.num_logprobs[slots] >= 0))
-        return bool((scored | guessed | self._many_bans[slots]).any())
+        reported = (self.num_logprobs[slots] >= 0) & (batch.num_draft > 0).any()
+        return bool((scored | reported | self._many_bans[slots]).any())
 
     def adjust(self, batch: Batch) -> bool:
         """Whether the logits of some row that samples are changed."""
@@ -156,17 +157,13 @@ class LogitsRows:
         changed = self._adjusted[batch.slots] | (lengths < self._until[batch.slots])
         return bool((changed & batch.sample).any())
 
-    def are_penalised(self, batch: Batch) -> bool:
-        """Whether the logits of some row depend on the tokens before."""
-        return bool((self._penalised[batch.slots] & batch.sample).any())
-
     def adjusted(
-        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, mask_rows: torch.Tensor | None = None
+        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, guessed: Guessed | None = None
     ) -> torch.Tensor:
         """The logits as parameters want them, float32 ``[rows, vocab_size]``; arguments as :meth:`DeviceSampler.draw`."""
         rows, vocab_size = logits.shape
         room = logits.new_empty(rows, (vocab_size // 4 + 1) * 4, dtype=torch.float32)
-        out = process_logits(logits, slots, self._state, room[:, :vocab_size], mask_rows=mask_rows, pdl=self._device.pdl)
+        out = process_logits(logits, slots, self._state, room[:, :vocab_size], guessed=guessed, pdl=self._device.pdl)
         slot = slots.clamp(min=0).long()
         banned = self._ban_tokens[slot]  # [rows, MOST_BANS]
         banned = torch.where((banned >= 0) & (positions < self._ban_until[slot])[:, None], banned, vocab_size)
@@ -174,10 +171,11 @@ class LogitsRows:
         return out
 
     def count(self, tokens: torch.Tensor, slots: torch.Tensor) -> None:
-        """Each slot has said one token more; slot -1 is none."""
+        """Each slot has said one token more, or as many as ``[slots, width]`` says before -1; slot -1 is none."""
         counts = self._state.output_counts
         assert counts is not None
-        launch(_count_kernel, (1,), tokens, slots, counts, counts.stride(0), len(slots), B=self._rows_block)
+        for column in tokens.view(len(slots), -1).T.contiguous():
+            launch(_count_kernel, (1,), column, slots, counts, counts.stride(0), len(slots), B=self._rows_block)
 
     def _send(self, state: BatchState, slot: int, params: SamplingParams) -> None:
         on_device, send, prompt = self._state, self._device.send, int(state.num_prompt_tokens[slot])

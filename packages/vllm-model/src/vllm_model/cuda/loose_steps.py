@@ -14,6 +14,7 @@ from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows
 from vllm_model.host_sampling import PIECE, sample_in_pieces, wanted_tokens
 from vllm_model.kernels.library_prefill import LEAST, padded
+from vllm_model.kernels.logits import Guessed
 from vllm_model.sampler import token_logprobs
 from vllm_model.verifier import Indices, SampledEntries, accept_guesses, guess_table, sampled_entries
 from vllm_traits.backend import CompletedStep
@@ -123,17 +124,19 @@ class LooseSteps:
         hidden = self._hidden(batch, entries.tokens)
         entry_slots = batch.slots[entries.rows]
         where = entries.rows * entries.width + entries.places
-        mask_rows = self._logits_rows.mask_rows(batch)
-        slots, positions, places, masks = send_aligned(entry_slots, entries.positions, where, mask_rows)
+        slots, positions, places, *more = send_aligned(entry_slots, entries.positions, where, *self._logits_rows.guessed(batch))
         sampled = torch.full((batch.num_rows, entries.width), -1, dtype=torch.int32, device=self._device.device)
         for start in range(0, len(entries), most):  # as many logits at once as a step without guesses has
             piece = slice(start, min(start + most, len(entries)))
             logits = self._forward.logits(hidden[piece])
-            tokens = self._sampler.draw(logits, slots[piece], positions[piece], mode, masks[piece])
+            guessed = Guessed(*(each[piece] for each in more))
+            tokens = self._sampler.draw(logits, slots[piece], positions[piece], mode, guessed)
             sampled.view(-1)[places[piece].long()] = tokens
         accepted = accept_guesses(sampled, send(guess_table(batch, entries.width), np.int32))
         last = accepted.gather(1, (accepted >= 0).sum(1, keepdim=True).clamp(min=1) - 1)[:, 0]
-        self._rows.keep(last, send(np.where(batch.sample, batch.slots, -1), np.int32))
+        row_slots = send(np.where(batch.sample, batch.slots, -1), np.int32)
+        self._rows.keep(last, row_slots)
+        self._sampler.count(accepted, row_slots, mode)
         return accepted
 
     def _hidden(self, batch: Batch, wanted: npt.NDArray[np.int64] | None = None) -> torch.Tensor:

@@ -25,15 +25,16 @@ from vllm_model.cuda.rows import DeviceRows
 from vllm_model.kernels._launch import launch, power_of_two
 from vllm_model.kernels.accept import accept
 from vllm_model.kernels.decode_plan import FEW_ROWS
+from vllm_model.kernels.logits import Guessed
 from vllm_traits.batch import Batch
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Rows that graphs are captured for, when they are needed."""
 WIDTHS = (2, 3, 5, 9)
 """Tokens of a row."""
-TOKEN_FIELDS = 7
-"""Of a token that the host sends: itself, position, slot, slot to sample for, a new block (place in the tables, block), and the
-row of the bitmask."""
+TOKEN_FIELDS = 8
+"""Of a token that the host sends: itself, position, slot, slot to sample for, a new block (place in the tables, block), the row
+of the bitmask, and how many guesses end with it."""
 ROW_FIELDS = 5
 """Of a row: slot, length with these tokens, position of the first, place of the first that is sampled after, how many are."""
 BLOCK = 256
@@ -41,7 +42,7 @@ BLOCK = 256
 
 @triton.jit(do_not_specialize=["tokens", "room"])
 def _begin_kernel(staged, tables, last_token, token_ids, tokens, room, B: tl.constexpr):  # noqa: N803
-    """Take in new blocks, and put the tokens sampled last where they are wanted; ``staged`` int32 ``[7, room]``."""
+    """Take in new blocks, and put the tokens sampled last where they are wanted; ``staged`` int32 ``[8, room]``."""
     i = tl.program_id(0) * B + tl.arange(0, B)
     mask = i < tokens
     token = tl.load(staged + i, mask=mask, other=0)
@@ -118,13 +119,13 @@ class ShortSteps:
         member = np.repeat(np.arange(n), lens)
         place = np.arange(batch.num_tokens) - batch.query_start[member]
         at, first = member * width + place, lens - 1 - batch.num_draft
-        tokens[:2], tokens[2:4], tokens[6] = 0, -1, 0
+        tokens[:2], tokens[2:4], tokens[6:] = 0, -1, 0
         tokens[0, at], tokens[1, at] = batch.token_ids, batch.num_computed[member] + place
         tokens[2, at] = batch.slots[member]
         sampled = batch.sample[member] & (place >= first[member])
         tokens[3, at] = np.where(sampled, batch.slots[member], -1)
         if mode.adjusts:
-            tokens[6, at[sampled]] = self._logits_rows.mask_rows(batch)
+            tokens[6, at[sampled]], _, tokens[7, at[sampled]] = self._logits_rows.guessed(batch)
         self._rows.stage_blocks(batch, tokens[4, : size * width], tokens[5, : size * width])
         rows[0], rows[1:] = -1, 0
         rows[0, :n], rows[1, :n], rows[2, :n] = batch.slots, batch.num_computed + lens, batch.num_computed
@@ -145,7 +146,7 @@ class ShortSteps:
         """Everything between what was sent and the accepted tokens, int32 ``[size, width]``."""
         forward, rows = self._forward, self._rows
         num, room = size * width, _up(size * width)
-        _, positions, slots, sampled_slots, *_, mask_rows = staged[: TOKEN_FIELDS * room].view(-1, room)[:, :num]
+        _, positions, slots, sampled_slots, *_, mask_rows, num_guesses = staged[: TOKEN_FIELDS * room].view(-1, room)[:, :num]
         row_slots, lens, starts, first, counts = staged[TOKEN_FIELDS * room :].view(ROW_FIELDS, -1)[:, :size]
         token_ids = make(num, dtype=torch.int32, device=staged.device)
         grid = (-(-num // BLOCK),)
@@ -156,8 +157,11 @@ class ShortSteps:
             return forward.attend_few(layer, q, plan, width, starts)
 
         hidden = forward.layers(token_ids, positions, slots, attend)
-        drawn = self._sampler.draw(forward.logits(hidden), sampled_slots, positions + 1, mode, mask_rows)
-        return accept(drawn.view(size, width), token_ids.view(size, width), row_slots, first, counts, rows.last_token)
+        guessed = Guessed(mask_rows, token_ids, num_guesses)
+        drawn = self._sampler.draw(forward.logits(hidden), sampled_slots, positions + 1, mode, guessed).view(size, width)
+        accepted = accept(drawn, token_ids.view(size, width), row_slots, first, counts, rows.last_token)
+        self._sampler.count(accepted, row_slots, mode)
+        return accepted
 
 
 def _up(length: int) -> int:

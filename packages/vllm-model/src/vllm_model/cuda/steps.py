@@ -15,6 +15,7 @@ from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows
 from vllm_model.cuda.short_steps import ShortSteps
 from vllm_model.decoder import Decoder
+from vllm_model.kernels.logits import MOST_GUESSES
 from vllm_model.kv_cache import PagedKvCache
 from vllm_model.structured import Grammars, HeldRows
 from vllm_traits.backend import CompletedStep
@@ -25,7 +26,7 @@ GRAPHS_ON_DEMAND = 128
 """Room for so many graphs besides the widest: those of every size, and of other ways to sample as they come."""
 SPARE_BYTES = 768 << 20
 """For what libraries take when they meet a shape for the first time."""
-MAX_DRAFT_TOKENS = 8
+MAX_DRAFT_TOKENS = MOST_GUESSES
 """Most guesses in a row."""
 MOST_LOGITS = 64 * (1 + MAX_DRAFT_TOKENS)
 """Tokens whose logits are held at once, if that is more than the slots."""
@@ -120,7 +121,7 @@ class Steps:
             place = None if mode.reports else self._finisher.next_place()
             return finish(batch, self.decode.run(batch, mode, place), num_logprobs, place=place)
         shape = self.short.shape_for(batch)
-        if shape is not None and not mode.reports and not self._logits_rows.are_penalised(batch):
+        if shape is not None and not mode.reports:
             return finish(batch, self.short.run(batch, shape, mode))
         size = self.chunk.size_for(batch)
         if size is not None:

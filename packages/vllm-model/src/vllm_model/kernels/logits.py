@@ -3,12 +3,16 @@
 """What changes logits before they are sampled: bias, penalties, bitmask. Parameters live in per-slot arrays."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_model.kernels._launch import launch, launch_options, power_of_two, wait_for_previous
+
+MOST_GUESSES = 8
+"""Most guesses of a row whose logits are processed."""
 
 
 @triton.jit
@@ -23,7 +27,9 @@ def _process_kernel(
     logits_ptr,  # [rows, vocab]
     out_ptr,  # float32 [rows, vocab]
     slots_ptr,  # [rows]
-    mask_rows_ptr,  # [rows]
+    mask_rows_ptr,  # [rows]; with the next two, of logits in a step with guesses
+    behind_ptr,  # [rows]
+    num_guesses_ptr,  # [rows]
     counts_ptr,  # int16 [max_slots, vocab]
     prompt_ptr,  # int32 [max_slots, words]
     repetition_ptr,  # float32 [max_slots]
@@ -42,8 +48,8 @@ def _process_kernel(
     max_bias,
     PENALTIES: tl.constexpr,
     BITMASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr,  # the bitmask's row is not the slot
     BIAS: tl.constexpr,  # this launch visits the biased tokens alone, after the launch that visits all
+    GUESSES: tl.constexpr,  # most of a row; 0: there are none
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -62,13 +68,17 @@ def _process_kernel(
         x = tl.load(logits_ptr + row * logits_stride + token, mask=mask, other=0.0).to(tl.float32) + bias
         if PENALTIES:
             count = tl.load(counts_ptr + slot * counts_stride + token, mask=mask, other=0).to(tl.int32)
+            if GUESSES > 0:
+                num_guesses = tl.load(num_guesses_ptr + row)
+                for i in tl.static_range(GUESSES):
+                    count += (token == tl.load(behind_ptr + row - i, mask=i < num_guesses, other=-1)).to(tl.int32)
             word = tl.load(prompt_ptr + slot * prompt_stride + token // 32, mask=mask, other=0)
             in_prompt = ((word >> (token % 32)) & 1) != 0
             repetition = tl.load(repetition_ptr + slot)
             x = _penalise(x, count, in_prompt, repetition, tl.load(frequency_ptr + slot), tl.load(presence_ptr + slot))
         if BITMASK:
             mask_row = slot
-            if MASK_ROWS:
+            if GUESSES > 0:
                 mask_row = tl.load(mask_rows_ptr + row).to(tl.int64)
             word = tl.load(bitmask_ptr + mask_row * bitmask_stride + token // 32, mask=mask, other=0)
             x = tl.where(((word >> (token % 32)) & 1) != 0, x, float("-inf"))
@@ -98,13 +108,27 @@ class LogitsState:
     bias_values: torch.Tensor | None = None
 
 
+class Guessed(NamedTuple):
+    """Of the logits of a step with guesses, int32 ``[rows]`` each; those of one sequence stand one after the other.
+
+    Attributes:
+        mask_rows: The row of the bitmask that holds.
+        behind: The token that they come behind.
+        num_guesses: How many of ``behind[i], behind[i - 1], ...`` are guesses, at most ``MOST_GUESSES``: penalties count them.
+    """
+
+    mask_rows: torch.Tensor
+    behind: torch.Tensor
+    num_guesses: torch.Tensor
+
+
 def process_logits(
     logits: torch.Tensor,
     slots: torch.Tensor,
     state: LogitsState,
     out: torch.Tensor | None = None,
     *,
-    mask_rows: torch.Tensor | None = None,
+    guessed: Guessed | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """Bias, then repetition, frequency and presence penalty, then the bitmask, in vLLM's order and meaning.
@@ -114,7 +138,7 @@ def process_logits(
         slots: int32 ``[rows]``; rows with -1 are not written.
         state: What to apply.
         out: float32 ``[rows, vocab]``, another tensor than ``logits``; a new one when None.
-        mask_rows: int32 ``[rows]``, the row of the bitmask that holds for each; None: that of its slot.
+        guessed: Of a step with guesses; None: a slot has one row, and its own in the bitmask.
         pdl: Programmatic dependent launch.
 
     Returns:
@@ -143,7 +167,7 @@ def process_logits(
             logits,
             out,
             slots,
-            mask_rows,
+            *(guessed or (None, None, None)),
             state.output_counts,
             state.prompt_bits,
             state.repetition_penalty,
@@ -162,8 +186,8 @@ def process_logits(
             entries,
             PENALTIES=state.output_counts is not None,
             BITMASK=state.bitmask is not None,
-            MASK_ROWS=mask_rows is not None,
             BIAS=bias,
+            GUESSES=MOST_GUESSES if guessed is not None else 0,
             BLOCK=block,
             PDL=pdl,
             **launch_options(pdl),
@@ -172,7 +196,7 @@ def process_logits(
 
 
 def process_logits_reference(
-    logits: torch.Tensor, slots: torch.Tensor, state: LogitsState, mask_rows: torch.Tensor | None = None
+    logits: torch.Tensor, slots: torch.Tensor, state: LogitsState, guessed: Guessed | None = None
 ) -> torch.Tensor:
     """What :func:`process_logits` computes for rows with a slot, in the type of ``logits``."""
     slot = slots.clamp(min=0).long()
@@ -194,12 +218,15 @@ def process_logits_reference(
         assert state.frequency_penalty is not None
         assert state.presence_penalty is not None
         count = state.output_counts[slot].to(out.dtype)
+        for row, number in enumerate(guessed.num_guesses.tolist() if guessed is not None else ()):
+            for said in guessed.behind[row - number + 1 : row + 1].tolist() if guessed is not None else ():
+                count[row, said] += 1
         factor = torch.where(
             (count > 0) | bits(state.prompt_bits, slot), state.repetition_penalty[slot][:, None].to(out.dtype), 1.0
         )
         out = torch.where(out > 0, out / factor, out * factor)
         out = out - state.frequency_penalty[slot][:, None] * count - state.presence_penalty[slot][:, None] * (count > 0)
     if state.bitmask is not None:
-        mask = slot if mask_rows is None else mask_rows.clamp(min=0).long()
+        mask = slot if guessed is None else guessed.mask_rows.clamp(min=0).long()
         out = out.masked_fill(~bits(state.bitmask, mask), float("-inf"))
     return out
