@@ -39,9 +39,9 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     return lambda: monkeypatch.setattr(LogitsRows, "need_host", lambda self, batch: bool(self._special[batch.slots].any()))
 
 
-def test_tokens_and_logprobs_are_those_of_the_host(make_backend: Callable[..., Any], on_the_host: Callable[[], Any]) -> None:
-    backend = make_backend()
-    host_steps = []
+def spied(backend: Any) -> list[Any]:
+    """Steps that it is going to run on the host."""
+    host_steps: list[Any] = []
     initialize = backend.initialize
 
     def spy(*args: Any, **settings: Any) -> None:
@@ -50,6 +50,12 @@ def test_tokens_and_logprobs_are_those_of_the_host(make_backend: Callable[..., A
         backend.steps.loose.run_with_host = lambda batch: host_steps.append(batch) or real(batch)
 
     backend.initialize = spy
+    return host_steps
+
+
+def test_tokens_and_logprobs_are_those_of_the_host(make_backend: Callable[..., Any], on_the_host: Callable[[], Any]) -> None:
+    backend = make_backend()
+    host_steps = spied(backend)
     ours = run(backend, KINDS)
     assert not host_steps
     on_the_host()
@@ -67,9 +73,17 @@ def test_guesses_beside_them_change_nothing(make_backend: Callable[..., Any]) ->
     kinds = [KINDS[0], KINDS[3], KINDS[5] | {"temperature": 0.0}, {"temperature": 0.0}, KINDS[4]]
     alone = run(make_backend(), kinds)
     backend = make_backend()
+    host_steps = spied(backend)
     guessed = run(backend, kinds, max_draft_tokens=3, proposers=("ngram",), prompt_lookup_min=1)
+    assert not host_steps
+    assert {width for _, width, mode in backend.steps.short.graphs if mode.reports} - {1}
     assert [each.token_ids for each in guessed] == [each.token_ids for each in alone]
-    assert [len(each.logprobs or []) for each in guessed] == [len(each.logprobs or []) for each in alone]
+    for mine, other in zip(guessed, alone, strict=True):
+        assert (mine.logprobs is None) == (other.logprobs is None)
+        for a, b in zip(mine.logprobs or [], other.logprobs or [], strict=True):
+            assert a.token_ids == b.token_ids
+            assert a.rank == b.rank
+            assert a.logprobs == pytest.approx(b.logprobs, abs=2e-3)
 
 
 def test_preempted_rows_count_what_they_had_said(make_backend: Callable[..., Any]) -> None:

@@ -109,9 +109,16 @@ class DeviceSampler:
         self.count(tokens, slots, mode)
         if not mode.reports:
             return tokens
+        return self.report(logits, tokens)
+
+    def report(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """What :meth:`keep` returns of a step that reports."""
         logprobs, ranks = token_logprobs(logits, tokens, self._workspace, pdl=self._pdl)
         chosen = logits.gather(1, tokens.clamp(0, logits.shape[1] - 1).long()[:, None]).float()
-        top = logits.topk(min(MAX_LOGPROBS, logits.shape[1]), dim=-1)
+        num = min(MAX_LOGPROBS, logits.shape[1])
+        top = logits.topk(num, dim=-1)
         values = top.values.float() - (chosen - logprobs[:, None])
-        own = (tokens[:, None], logprobs.view(torch.int32)[:, None], ranks[:, None])
-        return torch.cat((*own, values.view(torch.int32), top.indices.int()), dim=1)
+        out = tokens.new_zeros(len(tokens), 3 + 2 * MAX_LOGPROBS)
+        out[:, 0], out[:, 1], out[:, 2] = tokens, logprobs.view(torch.int32), ranks
+        out[:, 3 : 3 + num], out[:, 3 + MAX_LOGPROBS : 3 + MAX_LOGPROBS + num] = values.view(torch.int32), top.indices
+        return out

@@ -11,7 +11,10 @@ from vllm_model.cuda.device import Device
 from vllm_model.cuda.rows import DeviceRows
 from vllm_traits.batch import Batch, BatchOutput, TokenLogprobs
 from vllm_traits.errors import BackendError, BackendOutOfMemoryError
+from vllm_traits.sampling_params import MAX_LOGPROBS
 
+REPORT = 3 + 2 * MAX_LOGPROBS
+"""Numbers that :meth:`DeviceSampler.report` makes of a token."""
 RING = 4
 """Steps whose tokens may wait to be read."""
 
@@ -20,10 +23,11 @@ class RunningStep:
     """A step under way: its tokens lie in one place of the ring once the event has passed.
 
     Args:
-        tokens: The place, int32 ``[rows * width or more]``.
+        tokens: The place, int32 ``[rows * width or more]``; a step that reports has ``REPORT`` more for each token behind the
+            tokens of a row, or if that is one, in its stead.
         event: Behind the copy; None: it is over.
         batch: The step.
-        width: Tokens of a row.
+        width: Numbers of a row.
         rows: What is told if it fails.
         num_logprobs: By row, how many log-probabilities are wanted; None: the step reports none.
     """
@@ -59,8 +63,11 @@ class RunningStep:
         token_ids = np.where(self._sample[:, None], read[:, : self._most], -1)
         if self._num_logprobs is None:
             return BatchOutput(token_ids=token_ids)
+        reports = read[:, read.shape[1] // (1 + REPORT) :].reshape(rows, -1, REPORT)
+        given = (token_ids >= 0).sum(axis=1)
         return BatchOutput(
-            token_ids=token_ids, logprobs={row: [_report(read[row], n)] for row, n in self._num_logprobs.items()}
+            token_ids=token_ids,
+            logprobs={row: [_report(each, n) for each in reports[row, : given[row]]] for row, n in self._num_logprobs.items()},
         )
 
 

@@ -143,13 +143,12 @@ class LogitsRows:
         return mask_rows, batch.token_ids[entries.tokens], entries.places.astype(np.int32)
 
     def need_host(self, batch: Batch) -> bool:
-        """Whether some row needs its logits on the host: scored prompts, reports beside guesses, too many tokens held back."""
+        """Whether some row needs its logits on the host: scored prompts, too many tokens held back."""
         slots = batch.slots
         if not self._special[slots].any():
             return False
         scored = self._scored[slots] & (batch.num_computed < batch.state.num_prompt_tokens[slots])
-        reported = (self.num_logprobs[slots] >= 0) & (batch.num_draft > 0).any()
-        return bool((scored | reported | self._many_bans[slots]).any())
+        return bool((scored | self._many_bans[slots]).any())
 
     def adjust(self, batch: Batch) -> bool:
         """Whether the logits of some row that samples are changed."""

@@ -99,7 +99,10 @@ class ShortSteps:
         return (size, width) if width and size * width <= self._sampler.max_rows else None
 
     def run(self, batch: Batch, shape: tuple[int, int], mode: Sampling) -> torch.Tensor:
-        """Start a step in the graph of that shape: its tokens, int32 ``[rows or more, width]``."""
+        """Start a step in the graph of that shape: its tokens, int32 ``[rows or more, width]``.
+
+        If the step reports, behind a row's tokens is, for each of them, what :meth:`DeviceSampler.report` says of it.
+        """
         key = (*shape, mode)
         found = self.graphs.get(key)
         if found is None:
@@ -143,7 +146,7 @@ class ShortSteps:
     def _run(
         self, staged: torch.Tensor, size: int, width: int, mode: Sampling, make: Callable[..., torch.Tensor] = torch.empty
     ) -> torch.Tensor:
-        """Everything between what was sent and the accepted tokens, int32 ``[size, width]``."""
+        """Everything between what was sent and what :meth:`run` returns."""
         forward, rows = self._forward, self._rows
         num, room = size * width, _up(size * width)
         _, positions, slots, sampled_slots, *_, mask_rows, num_guesses = staged[: TOKEN_FIELDS * room].view(-1, room)[:, :num]
@@ -158,10 +161,15 @@ class ShortSteps:
 
         hidden = forward.layers(token_ids, positions, slots, attend)
         guessed = Guessed(mask_rows, token_ids, num_guesses)
-        drawn = self._sampler.draw(forward.logits(hidden), sampled_slots, positions + 1, mode, guessed).view(size, width)
-        accepted = accept(drawn, token_ids.view(size, width), row_slots, first, counts, rows.last_token)
+        logits = forward.logits(hidden)
+        drawn = self._sampler.draw(logits, sampled_slots, positions + 1, mode, guessed)
+        accepted = accept(drawn.view(size, width), token_ids.view(size, width), row_slots, first, counts, rows.last_token)
         self._sampler.count(accepted, row_slots, mode)
-        return accepted
+        if not mode.reports:
+            return accepted
+        reports = self._sampler.report(logits, drawn).view(size, width, -1)
+        places = (first[:, None] + torch.arange(width, device=first.device)).clamp(max=width - 1).long()
+        return torch.cat((accepted, reports.gather(1, places[:, :, None].expand_as(reports)).flatten(1)), dim=1)
 
 
 def _up(length: int) -> int:

@@ -6,7 +6,7 @@ from vllm_model.cuda.chunk_steps import ChunkSteps
 from vllm_model.cuda.decode_steps import LEAST_GRAPHS, DecodeSteps
 from vllm_model.cuda.device import Device, Graph
 from vllm_model.cuda.device_sampler import DeviceSampler
-from vllm_model.cuda.finish import Finisher, RunningStep
+from vllm_model.cuda.finish import REPORT, Finisher, RunningStep
 from vllm_model.cuda.forward import Forward
 from vllm_model.cuda.kv_scales import measure_scales
 from vllm_model.cuda.logits_rows import LogitsRows
@@ -20,7 +20,6 @@ from vllm_model.kv_cache import PagedKvCache
 from vllm_model.structured import Grammars, HeldRows
 from vllm_traits.backend import CompletedStep
 from vllm_traits.batch import Batch
-from vllm_traits.sampling_params import MAX_LOGPROBS
 
 GRAPHS_ON_DEMAND = 128
 """Room for so many graphs besides the widest: those of every size, and of other ways to sample as they come."""
@@ -67,7 +66,7 @@ class Steps:
         self._forward = forward = Forward(device, decoder, cache, rows.tables)
         widest, fp8 = 1 + MAX_DRAFT_TOKENS, cache.scales is not None
         plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size, widest, fp8=fp8)
-        self._finisher = Finisher(device, rows, max_num_seqs * max(1 + MAX_DRAFT_TOKENS, 3 + 2 * MAX_LOGPROBS))
+        self._finisher = Finisher(device, rows, sampler.max_rows * (1 + REPORT))
         self.decode = DecodeSteps(device, forward, rows, sampler, plans, self._finisher.ring)
         self.short = ShortSteps(device, forward, rows, logits_rows, sampler, plans)
         self.chunk = ChunkSteps(device, forward, rows, max_num_batched_tokens)
@@ -121,8 +120,10 @@ class Steps:
             place = None if mode.reports else self._finisher.next_place()
             return finish(batch, self.decode.run(batch, mode, place), num_logprobs, place=place)
         shape = self.short.shape_for(batch)
-        if shape is not None and not mode.reports:
-            return finish(batch, self.short.run(batch, shape, mode))
+        if shape is not None:
+            return finish(batch, self.short.run(batch, shape, mode), num_logprobs)
+        if mode.reports and (batch.num_draft > 0).any():
+            return self.loose.run_with_host(batch)
         size = self.chunk.size_for(batch)
         if size is not None:
             return finish(batch, self.loose.sample(batch, self.chunk.run(batch, size), mode), num_logprobs)
