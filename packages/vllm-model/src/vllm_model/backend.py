@@ -127,7 +127,7 @@ class TorchBackend:
             raise BackendError(f"A step of {batch.num_tokens} tokens failed: {error}") from error
 
     def close(self) -> None:
-        self.decoder = self._cache = None
+        self.decoder = self._cache = self._held = None
 
     def _run(self, batch: Batch) -> BatchOutput:
         wanted, first = wanted_tokens(batch)

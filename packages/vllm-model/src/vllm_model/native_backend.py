@@ -26,7 +26,7 @@ class NativeBackend(TorchBackend):
     def close(self) -> None:
         if self._native is not None:
             self._native.release()
-        self._native = self._cache = None
+        self._native = self._cache = self._held = None
 
     def _stored_tokens(self, block_size: int) -> int:
         return NativeDecoder.stored_tokens(block_size)

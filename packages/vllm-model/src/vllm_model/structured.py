@@ -7,30 +7,38 @@ for guesses it goes on to them and back::
     known and guesses         | c  g0  g1       c is known, g are guesses
     may come after            |  m0  m1  m2     m1 is what may follow c g0
 
-Where a grammar has ended the model's end-of-sequence token alone may come, so the request ends there unless ``ignore_eos``.
+Where a grammar has ended the model's end-of-sequence tokens alone may come, so the request ends there unless ``ignore_eos``.
 """
 
 import json
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from vllm_model.tokenizer import Tokenizer
 from vllm_model.verifier import SampledEntries
-from vllm_traits.batch import Batch, IntArray
+from vllm_traits.batch import Batch, BatchState, IntArray
 from vllm_traits.errors import BackendError, InvalidRequestError, VllmError
 from vllm_traits.sampling_params import SamplingParams, StructuredOutputsParams
 
-MOST_GRAMMARS = 64
+MOST_GRAMMARS = 1024
 """Compiled ones that are kept for the next request with the same."""
+LONGEST_GRAMMAR = 1 << 17
+"""Bytes. Each rule may lead to another, and the compiler goes down to the last on the stack."""
+LARGEST_COUNT = 10_000
+"""Of a schema's ``minItems`` and the like, which the compiler writes out."""
+STACK_BYTES = 256 << 20
+"""Of the thread that compiles; memory that is not used is not taken."""
+LIMITS = LLParserLimits(step_max_items=5_000, verbose_errors=False)
+"""So that a token takes milliseconds at most; what needs more is refused, or ends with an error."""
 LONGEST_MESSAGE = 300
 """Characters of a compiler's message that are passed on."""
 
@@ -41,21 +49,22 @@ class Grammars:
     Args:
         tokenizer: Gives the tokenizer, when the first grammar comes: reading it takes seconds.
         vocab_size: Tokens that the model knows, at least the tokenizer's.
-        eos_token_id: The token that ends a sequence.
+        eos_token_ids: The tokens that end a sequence.
     """
 
-    def __init__(self, tokenizer: Callable[[], Tokenizer], vocab_size: int, eos_token_id: int) -> None:
-        self.eos_token_id, self.words = eos_token_id, -(-vocab_size // 32)
+    def __init__(self, tokenizer: Callable[[], Tokenizer], vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self.eos_token_ids, self.words = eos_token_ids, -(-vocab_size // 32)
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._vocabulary: LLTokenizer | None = None
+        self._vocabulary: LLTokenizer | InvalidRequestError | None = None
         self._compiled: OrderedDict[bytes, LLMatcher] = OrderedDict()
 
     @classmethod
     def of(cls, path: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> "Grammars | None":
         """Those of a model folder or ``.gguf`` file; None if it has no tokenizer or no end-of-sequence token."""
-        if not eos_token_ids or not (path.suffix == ".gguf" or (path / "tokenizer.json").exists()):
+        ends = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
+        if not ends or not (path.suffix == ".gguf" or (path / "tokenizer.json").exists()):
             return None
-        return cls(lambda: Tokenizer.from_pretrained(path), vocab_size, eos_token_ids[0])
+        return cls(lambda: Tokenizer.from_pretrained(path), vocab_size, ends)
 
     def check(self, params: SamplingParams) -> None:
         """Compile what a request wants to be held to, if anything.
@@ -73,33 +82,92 @@ class Grammars:
         """A new matcher at its beginning.
 
         Raises:
-            InvalidRequestError: It is no grammar.
+            InvalidRequestError: It is no grammar, too large, or nothing keeps it.
         """
-        key = msgspec.json.encode(wanted)
+        try:
+            key = msgspec.json.encode(wanted)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _refused(str(error)) from error
+        if len(key) > LONGEST_GRAMMAR:
+            raise _refused(f"{len(key):,} bytes are too many; a grammar may have {LONGEST_GRAMMAR:,}.")
         found = self._compiled.get(key)
         if found is None:
-            found = LLMatcher(self._read_vocabulary(), _source(wanted), log_level=0)
-            if found.is_error():
-                raise _refused(found.get_error())
-            self._compiled[key] = found
+            found = self._compiled[key] = self._compile(self._read_vocabulary(), _source(wanted))
             if len(self._compiled) > MOST_GRAMMARS:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
         return found.deep_copy()
 
+    def fill(self, matcher: LLMatcher, guesses: list[int], bits: IntArray) -> None:
+        """What may come behind a matcher and behind each of the guesses that follow, into one row each.
+
+        Behind a guess that may not come nothing is filled in.
+
+        Raises:
+            BackendError: It takes too long.
+        """
+        passed = filled = 0
+        for row in bits:
+            matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            filled += 1
+            behind = guesses[filled - 1 : filled]
+            if self.consume(matcher, behind):
+                passed += 1
+            elif not (matcher.is_stopped() and behind and behind[0] in self.eos_token_ids):  # behind an end are more
+                break
+        if matcher.is_error() or (passed and not matcher.rollback(passed)):
+            raise BackendError(f"structured_outputs: {_short(matcher.get_error())}")
+        first, *others = self.eos_token_ids
+        ending = np.flatnonzero((bits[:filled, first // 32] >> (first % 32)) & 1)
+        for token in others:
+            bits[ending, token // 32] |= np.array(1 << token % 32, np.uint32).view(np.int32)
+
+    def consume(self, matcher: LLMatcher, tokens: list[int]) -> int:
+        """Go on, to the end at most; returns over how many tokens."""
+        return matcher.try_consume_tokens([self.eos_token_ids[0] if token in self.eos_token_ids else token for token in tokens])
+
+    def _compile(self, vocabulary: LLTokenizer, source: str) -> LLMatcher:
+        """In a thread with room for what refers to itself a thousand times over."""
+        result: list[Any] = []
+
+        def compile_() -> None:
+            try:
+                matcher = LLMatcher(vocabulary, source, log_level=0, limits=LIMITS)
+                bits = np.zeros(self.words, np.int32)
+                if not matcher.is_error():
+                    matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+                if matcher.is_error():
+                    result.append(_refused(matcher.get_error()))
+                else:
+                    word, place = divmod(self.eos_token_ids[0], 32)
+                    bits[word] &= ~np.array(1 << place, np.uint32).view(np.int32)
+                    none = not bits.any() and not matcher.is_accepting()
+                    result.append(_refused("no text keeps this grammar.") if none else matcher)
+            except BaseException as error:
+                result.append(_refused(str(error)))
+
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread = threading.Thread(target=compile_, name="grammar")
+            thread.start()
+        finally:
+            threading.stack_size(before)
+        thread.join()
+        if isinstance(result[0], InvalidRequestError):
+            raise result[0]
+        found: LLMatcher = result[0]
+        return found
+
     def _read_vocabulary(self) -> LLTokenizer:
         if self._vocabulary is None:
             try:
-                self._vocabulary = _vocabulary(self._tokenizer().to_json(), self._vocab_size, self.eos_token_id)
-            except ValueError as error:
-                raise _refused(f"not for this model's tokenizer: {error}") from error
+                source = self._tokenizer().to_json()
+                self._vocabulary = LLTokenizer(source, n_vocab=self._vocab_size, eos_token=self.eos_token_ids[0])
+            except (ValueError, VllmError) as error:
+                self._vocabulary = _refused(f"not with this model's tokenizer: {error}")
+        if isinstance(self._vocabulary, InvalidRequestError):
+            raise self._vocabulary
         return self._vocabulary
-
-
-@lru_cache(maxsize=2)
-def _vocabulary(tokenizer: str, vocab_size: int, eos_token_id: int) -> LLTokenizer:
-    """For a draft model and its target it is the same, and takes seconds."""
-    return LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos_token_id)
 
 
 def _source(wanted: StructuredOutputsParams) -> str:
@@ -110,7 +178,11 @@ def _source(wanted: StructuredOutputsParams) -> str:
         raise _refused(f"exactly one of {fields} must be given, not {' and '.join(given) or 'none'}.")
     try:
         if wanted.json is not None:
-            return LLMatcher.grammar_from_json_schema(json.loads(wanted.json) if isinstance(wanted.json, str) else wanted.json)
+            schema = json.loads(wanted.json) if isinstance(wanted.json, str) else wanted.json
+            for name, count in _counts(schema):
+                if count > LARGEST_COUNT:
+                    raise ValueError(f"{name} is {count}; it may be {LARGEST_COUNT} at most.")
+            return LLMatcher.grammar_from_json_schema(schema)
         if wanted.json_object:
             return LLMatcher.grammar_from_json_schema({"type": "object"})
         if wanted.choice is not None:
@@ -121,13 +193,31 @@ def _source(wanted: StructuredOutputsParams) -> str:
         if wanted.regex is not None:
             return LLMatcher.grammar_from_regex(wanted.regex)
         return grammar_from("grammar", wanted.grammar or "")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise _refused(str(error)) from error
 
 
+def _counts(schema: Any) -> Iterator[tuple[str, int]]:
+    """What a schema writes out so many times."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += part.values()
+            yield from (
+                (name, count) for name, count in part.items() if str(name).startswith(("min", "max")) and isinstance(count, int)
+                and not str(name).endswith("imum")
+            )  # fmt: skip
+        elif isinstance(part, list):
+            waiting += part
+
+
 def _refused(message: str) -> InvalidRequestError:
-    message = message.partition("<state>")[0].strip()[:LONGEST_MESSAGE]
-    return InvalidRequestError(f"structured_outputs: {message}", "structured_outputs")
+    return InvalidRequestError(f"structured_outputs: {_short(message)}", "structured_outputs")
+
+
+def _short(message: str) -> str:
+    return message.partition("<")[0].strip()[:LONGEST_MESSAGE] or "too complex."
 
 
 @dataclass(slots=True)
@@ -137,7 +227,9 @@ class _Held:
     wanted: StructuredOutputsParams
     matcher: LLMatcher
     said: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
-    """What the matcher stands behind."""
+    """What the matcher stands behind, but for what came behind its end."""
+    passed: int = 0
+    """Tokens that it has gone over."""
 
 
 class StepMasks(NamedTuple):
@@ -173,7 +265,7 @@ class HeldRows:
         self._held: dict[int, _Held] = {}
 
     def masks(self, batch: Batch, entries: SampledEntries) -> StepMasks | None:
-        """What may be sampled; asked again for the same step, the same.
+        """What may be sampled, also by ``allowed_token_ids``; asked again for the same step, the same.
 
         Args:
             batch: The step; none of these rows' tokens is ``LAST_SAMPLED``.
@@ -183,38 +275,47 @@ class HeldRows:
             None if no row is held.
 
         Raises:
-            BackendError: Something is no grammar.
+            BackendError: Something is no grammar, takes too long, or leaves nothing that may come.
         """
         params = batch.state.params
         held = [row for row, slot in enumerate(batch.slots.tolist()) if _wanted(params[slot]) is not None and batch.sample[row]]
         if not held:
             return None
         which = np.flatnonzero(np.isin(entries.rows, held))
-        bits: IntArray = np.empty((len(which), self._grammars.words), np.int32)
+        bits: IntArray = np.full((len(which), self._grammars.words), -1, np.int32)
         at = 0
-        try:
-            for row in held:
-                at += self._fill(batch, row, bits[at:])
-        except VllmError as error:
-            raise BackendError(error.message) from error
+        for row in held:
+            slot, drafts = int(batch.slots[row]), int(batch.num_draft[row])
+            end = int(batch.num_computed[row] + batch.query_start[row + 1] - batch.query_start[row])
+            tokens = batch.state.token_ids[slot, int(batch.state.num_prompt_tokens[slot]) : end - drafts]
+            guesses = batch.token_ids[batch.query_start[row + 1] - drafts : batch.query_start[row + 1]].tolist()
+            mine = bits[at : at + drafts + 1]
+            try:
+                self._grammars.fill(self._behind(slot, params[slot], tokens), guesses, mine)
+                self._narrow(batch.state, slot, len(tokens), mine)
+            except VllmError as error:
+                self._held.pop(slot, None)
+                raise BackendError(error.message) from error
+            at += drafts + 1
         return StepMasks(which, bits)
 
-    def _fill(self, batch: Batch, row: int, bits: IntArray) -> int:
-        """What may come after each of the row's last tokens, into the first ``num_draft + 1``; returns how many these are."""
-        slot, drafts = int(batch.slots[row]), int(batch.num_draft[row])
-        end = int(batch.num_computed[row] + batch.query_start[row + 1] - batch.query_start[row])
-        tokens = batch.state.token_ids[slot, int(batch.state.num_prompt_tokens[slot]) : end - drafts]
-        guesses = batch.token_ids[batch.query_start[row + 1] - drafts : batch.query_start[row + 1]].tolist()
-        matcher = self._behind(slot, batch.state.params[slot], tokens)
-        passed = 0
-        for place in range(drafts + 1):
-            matcher.unsafe_compute_mask_ptr(bits[place].ctypes.data, bits[place].nbytes)
-            # What follows a guess that may not come is thrown away with it, whatever it is.
-            if place == passed < drafts and guesses[place] != self._grammars.eos_token_id and not matcher.is_stopped():
-                passed += matcher.try_consume_tokens([guesses[place]])
-        if passed:
-            matcher.rollback(passed)
-        return drafts + 1
+    def _narrow(self, state: BatchState, slot: int, length: int, bits: IntArray) -> None:
+        """Take off what the request itself does not allow, behind ``length`` tokens and more."""
+        params = state.params[slot]
+        assert params is not None
+        if params.allowed_token_ids is not None:
+            bits &= self._bits(params.allowed_token_ids)
+        early = max(0, min(params.min_tokens - length, len(bits)))
+        left = np.asarray(bits.any(axis=1))
+        if early:
+            left[:early] = (bits[:early] & ~self._bits(state.stop_token_ids[slot])).any(axis=1)
+        if not left.all():
+            raise BackendError("structured_outputs: nothing may come that allowed_token_ids and min_tokens allow as well.")
+
+    def _bits(self, tokens: Any) -> IntArray:
+        bits = np.zeros(self._grammars.words * 32, np.bool_)
+        bits[np.array(tokens, np.int64)] = True
+        return np.packbits(bits, bitorder="little").view(np.int32)
 
     def _behind(self, slot: int, params: SamplingParams | None, tokens: IntArray) -> LLMatcher:
         """The slot's matcher behind these tokens: it goes back where they are others than before."""
@@ -226,11 +327,15 @@ class HeldRows:
         length = min(len(held.said), len(tokens))
         others = np.flatnonzero(held.said[:length] != tokens[:length])
         same = int(others[0]) if len(others) else length
-        back = len(held.said) - same
-        if back and (held.matcher.is_error() or not held.matcher.rollback(back)):
-            held.matcher, same = self._grammars.matcher(wanted), 0
-        if len(tokens) > same:
-            held.matcher.consume_tokens(tokens[same:].tolist())  # behind what may not come it lets the row end, for good
+        back = held.passed - min(held.passed, same)
+        if back and not held.matcher.rollback(back):
+            held = self._held[slot] = _Held(wanted, self._grammars.matcher(wanted))
+            back = same = 0
+        held.passed -= back
+        if held.passed == same:  # not behind its end
+            held.passed += self._grammars.consume(held.matcher, tokens[same:].tolist())
+        if held.passed < len(tokens) and not held.matcher.is_stopped():
+            raise BackendError("structured_outputs: the row has said what its grammar does not allow.")
         held.said = tokens.copy()
         return held.matcher
 

@@ -21,7 +21,7 @@ REGEX = r"(ab|cd){1,2}-[0-9]{2}"
 def grammars(tmp_path_factory: pytest.TempPathFactory, write_tokenizer: Callable[[Path], int]) -> Grammars:
     folder = tmp_path_factory.mktemp("tokenizer")
     end = write_tokenizer(folder)
-    return Grammars(lambda: Tokenizer.from_pretrained(folder), 97, end)
+    return Grammars(lambda: Tokenizer.from_pretrained(folder), 97, (end,))
 
 
 def held(regex: str, end: int, **params: Any) -> SamplingParams:
@@ -34,7 +34,7 @@ def text_of(output: Any, end: int) -> str:
 
 
 def test_they_run_beside_others_in_the_same_graphs(make_backend: Callable[..., Any], grammars: Grammars) -> None:
-    end, free = grammars.eos_token_id, SamplingParams(temperature=1.0, seed=7, max_tokens=8, ignore_eos=True)
+    end, free = grammars.eos_token_ids[0], SamplingParams(temperature=1.0, seed=7, max_tokens=8, ignore_eos=True)
     digits = [ord(digit) - 32 for digit in "0123456789"]
 
     def run(with_held: bool) -> tuple[list[int], list[Any], Any]:
@@ -65,7 +65,7 @@ def test_guesses_change_nothing(
     num_right: int, make_backend: Callable[..., Any], grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each guess under what may come there: verified and accepted in a graph."""
-    params = held(r"(ab|[c-z]+ ){4,9}", grammars.eos_token_id, temperature=0.9, seed=5)
+    params = held(r"(ab|[c-z]+ ){4,9}", grammars.eos_token_ids[0], temperature=0.9, seed=5)
     prompt = [(7 * i + 3) % 95 for i in range(19)]
     driver = conformance.Driver(make_backend(grammars=grammars))
     driver.place(0, prompt, [3, 9], params)
@@ -78,7 +78,7 @@ def test_guesses_change_nothing(
 
 def test_guesses_that_no_graph_is_for(make_backend: Callable[..., Any], grammars: Grammars) -> None:
     """Kernel by kernel, the same."""
-    params = held(r"(ab|[c-z]+ ){4,9}", grammars.eos_token_id, seed=2)
+    params = held(r"(ab|[c-z]+ ){4,9}", grammars.eos_token_ids[0], seed=2)
     prompt = [5, 6, 7]
     driver = conformance.Driver(make_backend(grammars=grammars))
     driver.place(0, prompt, [3, 9], params)
@@ -88,6 +88,34 @@ def test_guesses_that_no_graph_is_for(make_backend: Callable[..., Any], grammars
     steps.short.shape_for = lambda batch: None
     other.place(0, prompt, [3, 9], params)
     other.run([other.rest(0)])
+    while len(other.output(0)) < len(truth):
+        done = len(other.output(0))
+        other.run([other.rest(0)], {0: [*truth[done : done + 2], 0]})
+    assert other.output(0)[: len(truth)] == truth
+
+
+def test_what_a_slot_was_held_to_is_gone_with_its_row(make_backend: Callable[..., Any], grammars: Grammars) -> None:
+    """And a step with more guesses under a grammar than there is room for runs on the host, the same."""
+    params, free = held(r"[a-d]{6,9}", grammars.eos_token_ids[0], seed=2), SamplingParams(temperature=0.9, seed=4)
+    prompt = [5, 6, 7]
+
+    def generate(first: SamplingParams | None) -> list[int]:
+        driver = conformance.Driver(make_backend(grammars=grammars))
+        if first is not None:
+            driver.place(0, prompt, [1, 2], first)
+            driver.generate(0, 3)
+        driver.place(0, prompt, [3, 9], free)
+        return driver.generate(0, 4)
+
+    assert generate(params) == generate(None)
+    driver, other = (conformance.Driver(make_backend(grammars=grammars)) for _ in range(2))
+    for each in (driver, other):
+        each.place(0, prompt, [3, 9], params)
+    truth = driver.generate(0, 5)
+    steps: Any = other.backend.steps  # type: ignore[attr-defined]
+    steps._logits_rows._most_guessed = 2
+    other.run([other.rest(0)])
+    steps.short.run = None  # it must not be called
     while len(other.output(0)) < len(truth):
         done = len(other.output(0))
         other.run([other.rest(0)], {0: [*truth[done : done + 2], 0]})

@@ -46,15 +46,15 @@ class LogitsRows:
         max_num_seqs: Slots.
         vocab_size: Tokens.
         held: Rows that are held to a grammar; None: none can be.
-        most_entries: Most tokens sampled in a step.
+        most_guessed: Most tokens sampled in a step in rows with guesses; more need the host.
     """
 
     def __init__(
-        self, device: Device, max_num_seqs: int, vocab_size: int, held: HeldRows | None = None, most_entries: int = 0
+        self, device: Device, max_num_seqs: int, vocab_size: int, held: HeldRows | None = None, most_guessed: int = 0
     ) -> None:
         where, words = device.device, -(-vocab_size // 32)
-        masks = max_num_seqs + (most_entries if held is not None else 0)
-        self.held = held
+        masks = max_num_seqs + (most_guessed if held is not None else 0)
+        self.held, self._most_guessed = held, most_guessed
         self._mask_rows: IntArray | None = None
         """Of each entry of the step: the row of the bitmask that holds for it; None: that of its slot."""
         self._device, self._vocab_size, self._words = device, vocab_size, words
@@ -126,12 +126,9 @@ class LogitsRows:
         if masks is None:
             return
         rows, places = entries.rows[masks.entries], batch.slots[entries.rows]
-        for slot, bits in zip(batch.slots[rows].tolist(), masks.bits, strict=True):
-            params = batch.state.params[slot]
-            if params is not None and params.allowed_token_ids is not None:
-                bits &= self._bits(np.array(params.allowed_token_ids))
-        behind = len(self._constrained) + masks.entries
-        places[masks.entries] = np.where(batch.num_draft[rows] > 0, behind, places[masks.entries])
+        guessed = batch.num_draft[rows] > 0
+        behind = len(self._constrained) + np.cumsum(guessed) - 1
+        places[masks.entries] = np.where(guessed, behind, places[masks.entries])
         self._mask_rows, bitmask = places, self._state.bitmask
         assert bitmask is not None
         bitmask[self._device.send(places[masks.entries], np.int64)] = self._device.send(masks.bits, np.int32)
@@ -143,12 +140,13 @@ class LogitsRows:
         return mask_rows, batch.token_ids[entries.tokens], entries.places.astype(np.int32)
 
     def need_host(self, batch: Batch) -> bool:
-        """Whether some row needs its logits on the host: scored prompts, too many tokens held back."""
+        """Whether some row needs its logits on the host: scored prompts, too many tokens held back, or too many guesses."""
         slots = batch.slots
         if not self._special[slots].any():
             return False
         scored = self._scored[slots] & (batch.num_computed < batch.state.num_prompt_tokens[slots])
-        return bool((scored | self._many_bans[slots]).any())
+        guessed = (batch.num_draft + 1)[self._constrained[slots] & (batch.num_draft > 0)].sum()
+        return bool((scored | self._many_bans[slots]).any()) or guessed > self._most_guessed
 
     def adjust(self, batch: Batch) -> bool:
         """Whether the logits of some row that samples are changed."""

@@ -59,9 +59,8 @@ class Steps:
         self._rows = rows = DeviceRows(device, max_num_seqs, max_blocks)
         self._vocab_size: int = decoder.config.vocab_size
         held = None if grammars is None else HeldRows(grammars)
-        most_entries = max_num_seqs * (1 + MAX_DRAFT_TOKENS)
-        self._logits_rows = logits_rows = LogitsRows(device, max_num_seqs, self._vocab_size, held, most_entries)
         most_logits = max(max_num_seqs, min(MOST_LOGITS, max_num_seqs * (1 + MAX_DRAFT_TOKENS)))
+        self._logits_rows = logits_rows = LogitsRows(device, max_num_seqs, self._vocab_size, held, most_logits)
         self._sampler = sampler = DeviceSampler(device, rows, logits_rows, most_logits)
         self._forward = forward = Forward(device, decoder, cache, rows.tables)
         widest, fp8 = 1 + MAX_DRAFT_TOKENS, cache.scales is not None
@@ -108,9 +107,9 @@ class Steps:
             self._rows.send_changes(batch)
             self._logits_rows.send_changes(batch)
         self._logits_rows.send_histories(batch)
-        self._logits_rows.send_masks(batch)
         if self._logits_rows.need_host(batch):
             return self.loose.run_with_host(batch)
+        self._logits_rows.send_masks(batch)
         mode, finish = self._sampler.mode(batch), self._finisher.finish
         num_logprobs = None
         if mode.reports:
