@@ -14,7 +14,7 @@ from vllm_model.kernels.cluster_linear import ClusterConfig, has_clusters
 from vllm_model.kernels.decode_plan import DecodeConfig, DecodePlan
 from vllm_model.kernels.gemv import thin_linear
 from vllm_model.kernels.linear import LinearConfig, LinearWorkspace, Scaled, linear, linear_residual
-from vllm_model.kernels.logits import LogitsState, process_logits
+from vllm_model.kernels.logits import Guessed, LogitsState, process_logits
 from vllm_model.kernels.logprobs import token_logprobs
 from vllm_model.kernels.paged_decode import paged_decode
 from vllm_model.kernels.qk_norm_rope import qk_norm_rope, rope_table
@@ -207,6 +207,12 @@ def logits(which: str, _: Any) -> Case:
     seed = torch.arange(rows, device="cuda")
     if which == "logprobs":
         return Case(x, lambda pdl: list(token_logprobs(x, slots, workspace, pdl=pdl)))
+    if which.startswith("behind"):
+        counts, bits = torch.zeros(rows, 5000, dtype=torch.int16, device="cuda"), torch.full_like(slots, -1).expand(157, -1).T
+        state = LogitsState(counts, bits.contiguous() * 0, ones, ones * 5, ones, bitmask=bits.contiguous())
+        guessed = Guessed(slots.clone(), slots * 7 + 9, slots.clamp(max=3))
+        late = guessed.behind if which == "behind: tokens" else guessed.num_guesses
+        return Case(late, lambda pdl: [process_logits(x, slots, state, guessed=guessed, pdl=pdl)])
     if which == "process":
         state = LogitsState(bias_tokens=slots[:, None].contiguous(), bias_values=ones[:, None])
         return Case(x, lambda pdl: [process_logits(x, slots, state, pdl=pdl)])
@@ -229,7 +235,7 @@ CASES: list[tuple[Callable[[str, Any], Case], str]] = [
     (raw_heads, "heads"),
     (plan_of_rows, "lengths"),
     *((prefix, which) for which in ("attend", "parts", "out")),
-    *((logits, which) for which in ("draw", "filtered", "greedy", "process", "logprobs")),
+    *((logits, which) for which in ("draw", "filtered", "greedy", "process", "behind: tokens", "behind: numbers", "logprobs")),
 ]
 
 
