@@ -3,8 +3,7 @@
     python benchmarks/bench_kernels.py [thin] [decode] [several] [prefill] [small] [sample] [energy]
 
 Times are graph replays (median); weights rotate through copies that exceed the second-level cache. GB/s counts each input read
-once and each output written once. ``energy``: millijoules of one launch by the
-driver, over two seconds of the same.
+once and each output written once. ``energy``: millijoules of one launch by the driver, over two seconds of the same.
 """
 
 # ruff: noqa: B023, D103  every closure is called before its loop goes on; a script documents itself above

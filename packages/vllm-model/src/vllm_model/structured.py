@@ -13,7 +13,7 @@ Where a grammar has ended the model's end-of-sequence tokens alone may come, so 
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,14 +33,22 @@ MOST_GRAMMARS = 1024
 """Compiled ones that are kept for the next request with the same."""
 LONGEST_GRAMMAR = 1 << 17
 """Bytes. Each rule may lead to another, and the compiler goes down to the last on the stack."""
+COUNTS = tuple(bound + of for bound in ("min", "max") for of in ("Items", "Length", "Properties", "Contains"))
+"""Of a schema, which the compiler writes out."""
 LARGEST_COUNT = 10_000
-"""Of a schema's ``minItems`` and the like, which the compiler writes out."""
 STACK_BYTES = 256 << 20
 """Of the thread that compiles; memory that is not used is not taken."""
 LIMITS = LLParserLimits(step_max_items=5_000, verbose_errors=False)
 """So that a token takes milliseconds at most; what needs more is refused, or ends with an error."""
 LONGEST_MESSAGE = 300
 """Characters of a compiler's message that are passed on."""
+
+
+def token_bits(tokens: Sequence[int] | npt.NDArray[np.integer], words: int) -> IntArray:
+    """int32 ``[words]`` with the bits of these tokens."""
+    bits = np.zeros(words * 32, np.bool_)
+    bits[np.asarray(tokens, np.int64)] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 class Grammars:
@@ -136,13 +144,10 @@ class Grammars:
                 bits = np.zeros(self.words, np.int32)
                 if not matcher.is_error():
                     matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-                if matcher.is_error():
-                    result.append(_refused(matcher.get_error()))
+                if matcher.stop_reason().startswith("NoExtension") and not matcher.is_accepting():
+                    result.append(_refused("no text keeps this grammar."))
                 else:
-                    word, place = divmod(self.eos_token_ids[0], 32)
-                    bits[word] &= ~np.array(1 << place, np.uint32).view(np.int32)
-                    none = not bits.any() and not matcher.is_accepting()
-                    result.append(_refused("no text keeps this grammar.") if none else matcher)
+                    result.append(_refused(matcher.get_error()) if matcher.is_error() else matcher)
             except BaseException as error:
                 result.append(_refused(str(error)))
 
@@ -204,10 +209,7 @@ def _counts(schema: Any) -> Iterator[tuple[str, int]]:
         part = waiting.pop()
         if isinstance(part, dict):
             waiting += part.values()
-            yield from (
-                (name, count) for name, count in part.items() if str(name).startswith(("min", "max")) and isinstance(count, int)
-                and not str(name).endswith("imum")
-            )  # fmt: skip
+            yield from ((name, part[name]) for name in COUNTS if isinstance(part.get(name), int))
         elif isinstance(part, list):
             waiting += part
 
@@ -283,10 +285,10 @@ class HeldRows:
             return None
         which = np.flatnonzero(np.isin(entries.rows, held))
         bits: IntArray = np.full((len(which), self._grammars.words), -1, np.int32)
-        at = 0
+        at, ends = 0, batch.num_computed + batch.query_lens
         for row in held:
             slot, drafts = int(batch.slots[row]), int(batch.num_draft[row])
-            end = int(batch.num_computed[row] + batch.query_start[row + 1] - batch.query_start[row])
+            end = int(ends[row])
             tokens = batch.state.token_ids[slot, int(batch.state.num_prompt_tokens[slot]) : end - drafts]
             guesses = batch.token_ids[batch.query_start[row + 1] - drafts : batch.query_start[row + 1]].tolist()
             mine = bits[at : at + drafts + 1]
@@ -304,18 +306,13 @@ class HeldRows:
         params = state.params[slot]
         assert params is not None
         if params.allowed_token_ids is not None:
-            bits &= self._bits(params.allowed_token_ids)
+            bits &= token_bits(params.allowed_token_ids, self._grammars.words)
         early = max(0, min(params.min_tokens - length, len(bits)))
         left = np.asarray(bits.any(axis=1))
         if early:
-            left[:early] = (bits[:early] & ~self._bits(state.stop_token_ids[slot])).any(axis=1)
+            left[:early] = (bits[:early] & ~token_bits(state.stop_token_ids[slot], self._grammars.words)).any(axis=1)
         if not left.all():
             raise BackendError("structured_outputs: nothing may come that allowed_token_ids and min_tokens allow as well.")
-
-    def _bits(self, tokens: Any) -> IntArray:
-        bits = np.zeros(self._grammars.words * 32, np.bool_)
-        bits[np.array(tokens, np.int64)] = True
-        return np.packbits(bits, bitorder="little").view(np.int32)
 
     def _behind(self, slot: int, params: SamplingParams | None, tokens: IntArray) -> LLMatcher:
         """The slot's matcher behind these tokens: it goes back where they are others than before."""

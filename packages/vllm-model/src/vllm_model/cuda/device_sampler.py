@@ -6,12 +6,14 @@ from typing import NamedTuple
 import torch
 
 from vllm_model.cuda.device import Device
+from vllm_model.cuda.finish import REPORT
 from vllm_model.cuda.logits_rows import LogitsRows
 from vllm_model.cuda.rows import DeviceRows, sampling_mode
 from vllm_model.kernels.logits import Guessed
 from vllm_model.kernels.logprobs import token_logprobs
 from vllm_model.kernels.sampling import SamplerWorkspace, sample
-from vllm_traits.batch import Batch
+from vllm_model.structured import HeldRows
+from vllm_traits.batch import Batch, IntArray
 from vllm_traits.sampling_params import MAX_LOGPROBS
 
 
@@ -46,6 +48,15 @@ class DeviceSampler:
         slots = batch.slots[batch.sample]
         kind = sampling_mode(batch.state, slots)
         return Sampling(kind, self._logits_rows.adjust(batch), bool((self._logits_rows.num_logprobs[slots] >= 0).any()))
+
+    @property
+    def held(self) -> HeldRows | None:
+        """Rows that are held to a grammar."""
+        return self._logits_rows.held
+
+    def guessed(self, batch: Batch) -> tuple[IntArray, IntArray, IntArray]:
+        """As :meth:`LogitsRows.guessed`."""
+        return self._logits_rows.guessed(batch)
 
     def draw(
         self,
@@ -102,7 +113,7 @@ class DeviceSampler:
         """Make what was drawn each slot's last token, at most one a slot; ``ring`` and ``place`` as of :meth:`DeviceRows.keep`.
 
         Returns:
-            ``tokens``; if the step reports, int32 ``[rows, 3 + 2 * MAX_LOGPROBS]``: token, its log-probability, its rank, the
+            ``tokens``; if the step reports, int32 ``[rows, REPORT]``: token, its log-probability, its rank, the
             log-probabilities of the most likely tokens and these; what is float32 in its bits.
         """
         self._rows.keep(tokens, slots, ring, place)
@@ -118,7 +129,7 @@ class DeviceSampler:
         num = min(MAX_LOGPROBS, logits.shape[1])
         top = logits.topk(num, dim=-1)
         values = top.values.float() - (chosen - logprobs[:, None])
-        out = tokens.new_zeros(len(tokens), 3 + 2 * MAX_LOGPROBS)
+        out = tokens.new_zeros(len(tokens), REPORT)
         out[:, 0], out[:, 1], out[:, 2] = tokens, logprobs.view(torch.int32), ranks
         out[:, 3 : 3 + num], out[:, 3 + MAX_LOGPROBS : 3 + MAX_LOGPROBS + num] = values.view(torch.int32), top.indices
         return out

@@ -18,7 +18,7 @@ from vllm_model.cuda.device import Device
 from vllm_model.host_sampling import is_special
 from vllm_model.kernels._launch import launch, power_of_two
 from vllm_model.kernels.logits import Guessed, LogitsState, process_logits
-from vllm_model.structured import HeldRows
+from vllm_model.structured import HeldRows, token_bits
 from vllm_model.verifier import sampled_entries
 from vllm_traits.batch import Batch, BatchState, IntArray
 from vllm_traits.sampling_params import MAX_LIST_LENGTH, SamplingParams
@@ -197,8 +197,8 @@ class LogitsRows:
         bans = np.full(MOST_BANS, -1)
         bans[: len(stops[:MOST_BANS])] = stops[:MOST_BANS]
         for target, row in (
-            (on_device.prompt_bits, self._bits(said)),
-            (on_device.bitmask, np.full(self._words, -1) if allowed is None else self._bits(np.array(allowed))),
+            (on_device.prompt_bits, token_bits(said, self._words)),
+            (on_device.bitmask, np.full(self._words, -1) if allowed is None else token_bits(allowed, self._words)),
             (on_device.bias_tokens, tokens),
             (self._ban_tokens, bans),
         ):
@@ -207,9 +207,3 @@ class LogitsRows:
         assert on_device.bias_values is not None
         on_device.bias_values[slot] = send(values, np.float32)
         self._ban_until[slot] = int(self._until[slot])
-
-    def _bits(self, tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
-        """int32 ``[words]`` with the bits of these tokens."""
-        bits = np.zeros(self._words * 32, np.bool_)
-        bits[tokens] = True
-        return np.packbits(bits, bitorder="little").view(np.int32)

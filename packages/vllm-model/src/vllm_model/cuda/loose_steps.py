@@ -9,7 +9,6 @@ from vllm_model.cuda.chunk_steps import MANY_TOKENS
 from vllm_model.cuda.device import Device
 from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.forward import Forward
-from vllm_model.cuda.logits_rows import LogitsRows
 from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows
 from vllm_model.host_sampling import PIECE, sample_in_pieces, wanted_tokens
@@ -27,7 +26,7 @@ class LooseSteps:
 
     Args:
         device: Where.
-        forward, rows, logits_rows, sampler, plans: What the steps are made of.
+        forward, rows, sampler, plans: What the steps are made of.
         max_num_batched_tokens: Tokens of the longest step.
     """
 
@@ -36,12 +35,11 @@ class LooseSteps:
         device: Device,
         forward: Forward,
         rows: DeviceRows,
-        logits_rows: LogitsRows,
         sampler: DeviceSampler,
         plans: DecodePlans,
         max_num_batched_tokens: int,
     ) -> None:
-        self._max_num_batched_tokens, self._logits_rows = max_num_batched_tokens, logits_rows
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._device, self._forward, self._rows, self._sampler, self._plans = device, forward, rows, sampler, plans
 
     def compile(self) -> None:
@@ -109,7 +107,7 @@ class LooseSteps:
         def logits_of(places: Indices) -> torch.Tensor:
             return self._forward.logits(hidden[send(places, np.int64)]).float()
 
-        output = sample_in_pieces(batch, logits_of, len(wanted), first, pending, self._logits_rows.held)
+        output = sample_in_pieces(batch, logits_of, len(wanted), first, pending, self._sampler.held)
         rows = np.flatnonzero(batch.sample)
         if len(rows):
             newest = (output.token_ids[rows] >= 0).sum(axis=1) - 1
@@ -124,7 +122,7 @@ class LooseSteps:
         hidden = self._hidden(batch, entries.tokens)
         entry_slots = batch.slots[entries.rows]
         where = entries.rows * entries.width + entries.places
-        slots, positions, places, *more = send_aligned(entry_slots, entries.positions, where, *self._logits_rows.guessed(batch))
+        slots, positions, places, *more = send_aligned(entry_slots, entries.positions, where, *self._sampler.guessed(batch))
         sampled = torch.full((batch.num_rows, entries.width), -1, dtype=torch.int32, device=self._device.device)
         for start in range(0, len(entries), most):  # as many logits at once as a step without guesses has
             piece = slice(start, min(start + most, len(entries)))

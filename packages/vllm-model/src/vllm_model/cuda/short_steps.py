@@ -19,7 +19,6 @@ from vllm_model.cuda.device import Device, Graph
 from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import Forward
-from vllm_model.cuda.logits_rows import LogitsRows
 from vllm_model.cuda.plans import DecodePlans
 from vllm_model.cuda.rows import DeviceRows
 from vllm_model.kernels._launch import launch, power_of_two
@@ -59,7 +58,7 @@ class ShortSteps:
 
     Args:
         device: Where.
-        forward, rows, logits_rows, sampler, plans: What the steps are made of.
+        forward, rows, sampler, plans: What the steps are made of.
     """
 
     def __init__(
@@ -67,12 +66,10 @@ class ShortSteps:
         device: Device,
         forward: Forward,
         rows: DeviceRows,
-        logits_rows: LogitsRows,
         sampler: DeviceSampler,
         plans: DecodePlans,
     ) -> None:
         self._device, self._forward, self._rows, self._sampler, self._plans = device, forward, rows, sampler, plans
-        self._logits_rows = logits_rows
         most = rows.max_num_seqs
         self._sizes = [*(size for size in SIZES if size < most), most]
         self._widths = [width for width in WIDTHS if width <= plans.max_queries]
@@ -128,7 +125,7 @@ class ShortSteps:
         sampled = batch.sample[member] & (place >= first[member])
         tokens[3, at] = np.where(sampled, batch.slots[member], -1)
         if mode.adjusts:
-            tokens[6, at[sampled]], _, tokens[7, at[sampled]] = self._logits_rows.guessed(batch)
+            tokens[6, at[sampled]], _, tokens[7, at[sampled]] = self._sampler.guessed(batch)
         self._rows.stage_blocks(batch, tokens[4, : size * width], tokens[5, : size * width])
         rows[0], rows[1:] = -1, 0
         rows[0, :n], rows[1, :n], rows[2, :n] = batch.slots, batch.num_computed + lens, batch.num_computed

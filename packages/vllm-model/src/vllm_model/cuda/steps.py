@@ -67,9 +67,9 @@ class Steps:
         plans = DecodePlans(device, decoder.config, max_num_seqs, max_blocks, cache.block_size, widest, fp8=fp8)
         self._finisher = Finisher(device, rows, sampler.max_rows * (1 + REPORT))
         self.decode = DecodeSteps(device, forward, rows, sampler, plans, self._finisher.ring)
-        self.short = ShortSteps(device, forward, rows, logits_rows, sampler, plans)
+        self.short = ShortSteps(device, forward, rows, sampler, plans)
         self.chunk = ChunkSteps(device, forward, rows, max_num_batched_tokens)
-        self.loose = LooseSteps(device, forward, rows, logits_rows, sampler, plans, max_num_batched_tokens)
+        self.loose = LooseSteps(device, forward, rows, sampler, plans, max_num_batched_tokens)
 
     def compile(self) -> None:
         """Compile what steps launch, the kernels that take longest first; what only guesses need may come later."""

@@ -218,9 +218,10 @@ def process_logits_reference(
         assert state.frequency_penalty is not None
         assert state.presence_penalty is not None
         count = state.output_counts[slot].to(out.dtype)
-        for row, number in enumerate(guessed.num_guesses.tolist() if guessed is not None else ()):
-            for said in guessed.behind[row - number + 1 : row + 1].tolist() if guessed is not None else ():
-                count[row, said] += 1
+        if guessed is not None:
+            for row, number in enumerate(guessed.num_guesses.tolist()):
+                for said in guessed.behind[row - number + 1 : row + 1].tolist():
+                    count[row, said] += 1
         factor = torch.where(
             (count > 0) | bits(state.prompt_bits, slot), state.repetition_penalty[slot][:, None].to(out.dtype), 1.0
         )
