@@ -1,8 +1,10 @@
-"""What rows held to a grammar cost the host, one JSON line per measurement.
+"""What rows held to a grammar cost, one JSON line per measurement.
 
-    python benchmarks/bench_structured.py MODEL
+    python benchmarks/bench_structured.py MODEL [ROWS ...]
 
-Of MODEL only the tokenizer and the configuration are read. Each grammar is walked by random tokens that it allows.
+Without ROWS the host's part alone: each grammar is walked by random tokens that it allows. With them an engine with random
+weights generates with none, half and all of so many rows held to a JSON array that does not end. Of MODEL the tokenizer and the
+configuration are read.
 """
 
 # ruff: noqa: D103  a script documents itself above
@@ -12,13 +14,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllm_model import resolve_model
+from vllm_core import SamplingParams
+from vllm_model import LLM, resolve_model
 from vllm_model.loaders import load_config
-from vllm_model.structured import Grammars
+from vllm_model.structured import Grammars, Walk
 from vllm_traits import StructuredOutputsParams
 
 SCHEMA = {
@@ -37,7 +41,9 @@ WANTED = {
     "regex": StructuredOutputsParams(regex=r"([A-Z][a-z]+ )+\d{4}"),
     "choice": StructuredOutputsParams(choice=["yes", "no", "perhaps"]),
 }
+ENDLESS = StructuredOutputsParams(json={"type": "array", "items": {"type": "string", "maxLength": 30}, "minItems": 1000})
 TOKENS = 60
+GENERATED = 128
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -46,8 +52,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def main() -> None:
-    path = resolve_model(sys.argv[1])
+def host(path: Path) -> None:
     config = load_config(path)
     grammars = Grammars.of(path, config.vocab_size, config.eos_token_ids)
     if grammars is None:
@@ -59,7 +64,7 @@ def main() -> None:
         compiled, matcher = timed(lambda wanted=wanted: grammars.matcher(wanted))  # type: ignore[misc]
         masks, steps = [], []
         for _ in range(TOKENS):
-            masks.append(timed(lambda matcher=matcher: grammars.fill(matcher, [], bits))[0])  # type: ignore[misc]
+            masks.append(timed(lambda matcher=matcher: grammars.fill([Walk(matcher, [], 0)], bits))[0])  # type: ignore[misc]
             tokens = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
             token = int(rng.choice(tokens))
             if token in grammars.eos_token_ids:
@@ -71,5 +76,28 @@ def main() -> None:
         print(json.dumps({"grammar": name} | {key: round(value, 1) for key, value in line.items()}), flush=True)
 
 
+def engine(path: Path, rows: list[int]) -> None:
+    llm = LLM(path, load_format="dummy", max_model_len=2048, max_num_seqs=max(rows), skip_tokenizer_init=True)
+    rng = np.random.default_rng(0)
+    for num, held in [(num, held) for num in rows for held in sorted({0, num // 2, num})]:
+        params = [
+            SamplingParams(
+                max_tokens=GENERATED, ignore_eos=True, detokenize=False, structured_outputs=ENDLESS if row < held else None
+            )
+            for row in range(num)
+        ]
+        seconds = []
+        for _ in range(3):
+            prompts = rng.integers(100, 40_000, (num, 64)).tolist()
+            seconds.append(timed(lambda: llm.generate(prompts, params, use_tqdm=False))[0])  # noqa: B023
+        line = {"rows": num, "held": held, "ms_a_token": round(min(seconds) / GENERATED * 1e3, 3)}
+        print(json.dumps(line | {"out_tok_s": round(num * GENERATED / min(seconds))}), flush=True)
+    llm.close()
+
+
 if __name__ == "__main__":
-    main()
+    folder = resolve_model(sys.argv[1])
+    if sys.argv[2:]:
+        engine(folder, [int(each) for each in sys.argv[2:]])
+    else:
+        host(folder)

@@ -14,15 +14,16 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
+from vllm_model.machine import usable_cores
 from vllm_model.tokenizer import Tokenizer
 from vllm_model.verifier import SampledEntries
 from vllm_traits.batch import Batch, BatchState, IntArray
@@ -40,6 +41,8 @@ STACK_BYTES = 256 << 20
 """Of the thread that compiles; memory that is not used is not taken."""
 LIMITS = LLParserLimits(step_max_items=5_000, verbose_errors=False)
 """So that a token takes milliseconds at most; what needs more is refused, or ends with an error."""
+MOST_THREADS = 32
+"""That masks are found by."""
 LONGEST_MESSAGE = 300
 """Characters of a compiler's message that are passed on."""
 
@@ -65,6 +68,7 @@ class Grammars:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._vocabulary: LLTokenizer | InvalidRequestError | None = None
         self._compiled: OrderedDict[bytes, LLMatcher] = OrderedDict()
+        self._executor: LLExecutor | None = None
 
     @classmethod
     def of(cls, path: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> "Grammars | None":
@@ -106,33 +110,54 @@ class Grammars:
         self._compiled.move_to_end(key)
         return found.deep_copy()
 
-    def fill(self, matcher: LLMatcher, guesses: list[int], bits: IntArray) -> None:
-        """What may come behind a matcher and behind each of the guesses that follow, into one row each.
+    def fill(self, walks: "Sequence[Walk]", bits: IntArray) -> None:
+        """What may come behind each walk's matcher, and behind each of its guesses; all behind a guess that may not come.
 
-        Behind a guess that may not come nothing is filled in.
+        Args:
+            walks: Where rows stand.
+            bits: int32 ``[num, words]``, contiguous, to be written: a row for each walk and each of its guesses.
 
         Raises:
-            BackendError: It takes too long.
+            BackendError: One takes too long: its matcher has an error.
         """
-        passed = filled = 0
-        for row in bits:
-            matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-            filled += 1
-            behind = guesses[filled - 1 : filled]
-            if self.consume(matcher, behind):
-                passed += 1
-            elif not (matcher.is_stopped() and behind and behind[0] in self.eos_token_ids):  # behind an end are more
-                break
-        if matcher.is_error() or (passed and not matcher.rollback(passed)):
-            raise BackendError(f"structured_outputs: {_short(matcher.get_error())}")
+        passed = [0] * len(walks)
+        going, length = list(enumerate(walks)), 0
+        while going:
+            self._fill([(walk.matcher, walk.row + length) for _, walk in going], bits)
+            further = []
+            for each, walk in going:
+                if length == len(walk.guesses):
+                    continue
+                guess = walk.guesses[length]
+                if self.consume(walk.matcher, [guess]):
+                    passed[each] += 1
+                elif not (walk.matcher.is_stopped() and guess in self.eos_token_ids):  # behind an end are more
+                    bits[walk.row + length + 1 : walk.row + len(walk.guesses) + 1] = -1
+                    continue
+                further.append((each, walk))
+            going, length = further, length + 1
+        for (matcher, _, _), num in zip(walks, passed, strict=True):
+            if matcher.is_error() or (num and not matcher.rollback(num)):
+                raise BackendError(f"structured_outputs: {_short(matcher.get_error())}")
         first, *others = self.eos_token_ids
-        ending = np.flatnonzero((bits[:filled, first // 32] >> (first % 32)) & 1)
+        ending = np.flatnonzero((bits[:, first // 32] >> (first % 32)) & 1)
         for token in others:
             bits[ending, token // 32] |= np.array(1 << token % 32, np.uint32).view(np.int32)
 
     def consume(self, matcher: LLMatcher, tokens: list[int]) -> int:
         """Go on, to the end at most; returns over how many tokens."""
         return matcher.try_consume_tokens([self.eos_token_ids[0] if token in self.eos_token_ids else token for token in tokens])
+
+    def _fill(self, places: list[tuple[LLMatcher, int]], bits: IntArray) -> None:
+        """What may come behind each matcher, into its row."""
+        row_bytes = bits[:1].nbytes
+        if len(places) == 1:
+            ((matcher, row),) = places
+            matcher.unsafe_compute_mask_ptr(bits[row:].ctypes.data, row_bytes)
+            return
+        if self._executor is None:
+            self._executor = LLExecutor(min(usable_cores(), MOST_THREADS))
+        self._executor.unsafe_compute_mask_ptr(places, bits.ctypes.data, row_bytes, len(bits))
 
     def _compile(self, vocabulary: LLTokenizer, source: str) -> LLMatcher:
         """In a thread with room for what refers to itself a thousand times over."""
@@ -222,14 +247,28 @@ def _short(message: str) -> str:
     return message.partition("<")[0].strip()[:LONGEST_MESSAGE] or "too complex."
 
 
+class Walk(NamedTuple):
+    """Where a row stands in its grammar.
+
+    Attributes:
+        matcher: Behind what is known.
+        guesses: What may follow.
+        row: The first of its rows of bits.
+    """
+
+    matcher: LLMatcher
+    guesses: list[int]
+    row: int
+
+
 @dataclass(slots=True)
 class _Held:
     """A row."""
 
     wanted: StructuredOutputsParams
     matcher: LLMatcher
-    said: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
-    """What the matcher stands behind, but for what came behind its end."""
+    said: bytes = b""
+    """What the matcher stands behind, and what came behind its end: int32."""
     passed: int = 0
     """Tokens that it has gone over."""
 
@@ -266,12 +305,15 @@ class HeldRows:
         self._grammars = grammars
         self._held: dict[int, _Held] = {}
 
-    def masks(self, batch: Batch, entries: SampledEntries) -> StepMasks | None:
+    def masks(
+        self, batch: Batch, entries: SampledEntries, make: Callable[[int, int], IntArray] | None = None
+    ) -> StepMasks | None:
         """What may be sampled, also by ``allowed_token_ids``; asked again for the same step, the same.
 
         Args:
             batch: The step; none of these rows' tokens is ``LAST_SAMPLED``.
             entries: Of the step.
+            make: Gives the array for the bits.
 
         Returns:
             None if no row is held.
@@ -284,27 +326,34 @@ class HeldRows:
         if not held:
             return None
         which = np.flatnonzero(np.isin(entries.rows, held))
-        bits: IntArray = np.full((len(which), self._grammars.words), -1, np.int32)
-        at, ends = 0, batch.num_computed + batch.query_lens
-        for row in held:
-            slot, drafts = int(batch.slots[row]), int(batch.num_draft[row])
-            end = int(ends[row])
-            tokens = batch.state.token_ids[slot, int(batch.state.num_prompt_tokens[slot]) : end - drafts]
-            guesses = batch.token_ids[batch.query_start[row + 1] - drafts : batch.query_start[row + 1]].tolist()
-            mine = bits[at : at + drafts + 1]
-            try:
-                self._grammars.fill(self._behind(slot, params[slot], tokens), guesses, mine)
-                self._narrow(batch.state, slot, len(tokens), mine)
-            except VllmError as error:
+        shape = len(which), self._grammars.words
+        bits = np.empty(shape, np.int32) if make is None else make(*shape)
+        slots, ends = batch.slots[held].tolist(), (batch.query_start[1:] - batch.num_draft)[held]
+        lengths = (batch.num_computed + batch.query_lens - batch.num_draft - batch.state.num_prompt_tokens[batch.slots])[held]
+        try:
+            walks, at = list[Walk](), 0
+            for slot, length, end, drafts in zip(
+                slots, lengths.tolist(), ends.tolist(), batch.num_draft[held].tolist(), strict=True
+            ):
+                start = int(batch.state.num_prompt_tokens[slot])
+                matcher = self._behind(slot, params[slot], batch.state.token_ids[slot, start : start + length])
+                walks.append(Walk(matcher, batch.token_ids[end : end + drafts].tolist(), at))
+                at += drafts + 1
+            self._grammars.fill(walks, bits)
+            for slot, length, walk in zip(slots, lengths.tolist(), walks, strict=True):
+                self._narrow(batch.state, slot, length, bits[walk.row : walk.row + len(walk.guesses) + 1])
+        except VllmError as error:
+            for slot in slots:
                 self._held.pop(slot, None)
-                raise BackendError(error.message) from error
-            at += drafts + 1
+            raise BackendError(error.message) from error
         return StepMasks(which, bits)
 
     def _narrow(self, state: BatchState, slot: int, length: int, bits: IntArray) -> None:
         """Take off what the request itself does not allow, behind ``length`` tokens and more."""
         params = state.params[slot]
         assert params is not None
+        if params.allowed_token_ids is None and not params.min_tokens:
+            return  # the grammar leaves something: at its end that
         if params.allowed_token_ids is not None:
             bits &= token_bits(params.allowed_token_ids, self._grammars.words)
         early = max(0, min(params.min_tokens - length, len(bits)))
@@ -321,9 +370,10 @@ class HeldRows:
         held = self._held.get(slot)
         if held is None or held.wanted is not wanted:
             held = self._held[slot] = _Held(wanted, self._grammars.matcher(wanted))
-        length = min(len(held.said), len(tokens))
-        others = np.flatnonzero(held.said[:length] != tokens[:length])
-        same = int(others[0]) if len(others) else length
+        said, same = tokens.tobytes(), len(held.said) // tokens.itemsize
+        if not said.startswith(held.said):
+            before = np.frombuffer(held.said, tokens.dtype)[: len(tokens)]
+            same = int(np.append(np.flatnonzero(before != tokens[: len(before)]), len(before))[0])
         back = held.passed - min(held.passed, same)
         if back and not held.matcher.rollback(back):
             held = self._held[slot] = _Held(wanted, self._grammars.matcher(wanted))
@@ -333,7 +383,7 @@ class HeldRows:
             held.passed += self._grammars.consume(held.matcher, tokens[same:].tolist())
         if held.passed < len(tokens) and not held.matcher.is_stopped():
             raise BackendError("structured_outputs: the row has said what its grammar does not allow.")
-        held.said = tokens.copy()
+        held.said = said
         return held.matcher
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vllm_model.cuda.device import Device
+from vllm_model.cuda.device import Device, Parts
 from vllm_model.kernels.silu_mul import silu_mul
 
 
@@ -52,3 +52,26 @@ def test_kernels_may_be_loaded_while_a_graph_is_recorded() -> None:
         graph = device.capture(x, run, has_run=True)
         torch.testing.assert_close(graph.replay(), expected.half().float() @ x.float()[:, :194].T, rtol=2e-2, atol=2e-1)
     assert runs == [False, True]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_sent_between_the_parts_of_a_step(device: str) -> None:
+    """The second part has it, and what the first made; so does a step after another in the same memory."""
+    mine, x, found = Device(torch.device(device)), torch.ones(1 << 20, device=device), torch.zeros(1, device=device)
+
+    def run() -> Parts:
+        doubled = x * 2
+        yield
+        return doubled + found
+
+    def replay(value: float) -> float:
+        return float(graph.replay(lambda: found.fill_(value)).unique().item())
+
+    with mine.running():
+        graph = mine.capture_parts(x, run)
+        other = mine.capture(x, lambda: (x * 100 + x * 200) * 300)
+        assert replay(5) == 7
+        other.replay()
+        x += 1
+        assert replay(6) == 10
+        assert float(graph.replay().unique().item()) == 10

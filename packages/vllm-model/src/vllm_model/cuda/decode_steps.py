@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_model.cuda.device import Device, Graph
+from vllm_model.cuda.device import Device, Graph, Parts, through
 from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import Forward
@@ -63,10 +63,10 @@ class DecodeSteps:
     def compile(self) -> None:
         """Launch what the steps need, for :meth:`Device.compile`."""
         for size in self._kinds():
-            self._run(self._empty(size), size, Sampling(), False, torch.zeros)  # what is not launched leaves no token ids
+            through(self._run(self._empty(size), size, Sampling(), False, torch.zeros))  # not launched, it leaves no token ids
         last = self.sizes[-1]
         if last > FEW_ROWS:
-            self._run(self._empty(last), last, Sampling(), True, torch.zeros)
+            through(self._run(self._empty(last), last, Sampling(), True, torch.zeros))
 
     def _kinds(self) -> list[int]:
         """Sizes whose steps have all kernels of ours that those of any size have."""
@@ -98,7 +98,7 @@ class DecodeSteps:
         if found is None:
             found = self.graphs[key] = self._capture(*key)
         found.staged.copy_(self._stage(batch, size, prefix, place), non_blocking=True)
-        return found.replay()
+        return found.replay(lambda: self._sampler.send_masks(batch))
 
     def _stage(self, batch: Batch, size: int, prefix: SharedPrefix | None, place: int | None) -> torch.Tensor:
         """What a step sends: pinned int32 ``[FIELDS * size + TAIL]``."""
@@ -123,12 +123,12 @@ class DecodeSteps:
 
     def _capture(self, size: int, mode: Sampling, shared: bool, *, has_run: bool = False) -> Graph:
         staged = self._empty(size)
-        return self._device.capture(staged, lambda: self._run(staged, size, mode, shared), has_run=has_run)
+        return self._device.capture_parts(staged, lambda: self._run(staged, size, mode, shared), has_run=has_run)
 
     def _run(
         self, staged: torch.Tensor, size: int, mode: Sampling, shared: bool, make: Callable[..., torch.Tensor] = torch.empty
-    ) -> torch.Tensor:
-        """Everything between the staged rows and the tokens, int32 ``[size]``."""
+    ) -> Parts:
+        """Everything between the staged rows and the tokens, int32 ``[size]``; it stops before logits are changed."""
         forward, workspace, pdl = self._forward, self._prefix_workspace, self._device.pdl
         ints = make(4, -(-size // 4) * 4, dtype=torch.int32, device=self._device.device)[:, :size]
         self._rows.begin(staged, ints)
@@ -149,6 +149,8 @@ class DecodeSteps:
 
         hidden = forward.layers(token_ids, positions, slots, attend, raw=raw)
         logits = forward.logits(hidden)
+        if mode.adjusts:
+            yield
         tokens = self._sampler.draw(logits, slots, seq_lens, mode)
         place = staged[FIELDS * size + 2 : FIELDS * size + 3]
         return self._sampler.keep(logits, tokens, slots, mode, self._ring, place)

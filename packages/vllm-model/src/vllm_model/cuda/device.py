@@ -4,7 +4,7 @@
 Without a CUDA device, for Triton's interpreter, work runs at once and a graph runs anew what it captured.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from threading import Lock
@@ -16,14 +16,32 @@ import torch
 
 from vllm_model.kernels._launch import compile_together
 
+Parts = Generator[None, None, torch.Tensor]
+"""A step, which stops where something is sent to the device that the host finds while it runs what comes before."""
+
+
+def through(parts: Parts, between: Callable[[], object] | None = None) -> torch.Tensor:
+    """Run all parts of a step, and ``between`` wherever it stops."""
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            result: torch.Tensor = end.value
+            return result
+        if between is not None:
+            between()
+
 
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A captured step: fill ``staged``, then replay."""
 
     staged: torch.Tensor
-    replay: Callable[[], torch.Tensor]
-    """Runs it and returns its tokens or hidden states, always the same tensor on a CUDA device."""
+    replay: Callable[..., torch.Tensor]
+    """Runs it and returns its tokens or hidden states, always the same tensor on a CUDA device.
+
+    Takes what is to be called between its parts, when those before have been started.
+    """
 
 
 _RECORDING = Lock()
@@ -80,6 +98,10 @@ class Device:
         """Memory of the host that the device reads and writes by itself: int32 ``[size]``."""
         return torch.zeros(size, dtype=torch.int32, pin_memory=self._is_cuda)
 
+    def pinned_rows(self, rows: int, columns: int) -> torch.Tensor:
+        """As :meth:`pinned`, int32 ``[rows, columns]``, for one transfer; not initialized."""
+        return torch.empty(rows, columns, dtype=torch.int32, pin_memory=self._is_cuda)
+
     def send(self, array: npt.NDArray[np.generic], dtype: npt.DTypeLike) -> torch.Tensor:
         """A copy on the device."""
         host = torch.from_numpy(np.array(array, dtype, order="C", ndmin=1))
@@ -92,7 +114,16 @@ class Device:
         return [flat[at : at + len(array)] for at, array in zip(places, arrays, strict=False)]
 
     def capture(self, staged: torch.Tensor, run: Callable[[], torch.Tensor], *, has_run: bool = False) -> Graph:
-        """Run once, which compiles what is not compiled yet, then as a graph.
+        """As :meth:`capture_parts`, of a step that does not stop."""
+
+        def parts() -> Parts:
+            return run()
+            yield
+
+        return self.capture_parts(staged, parts, has_run=has_run)
+
+    def capture_parts(self, staged: torch.Tensor, run: Callable[[], Parts], *, has_run: bool = False) -> Graph:
+        """Run once, which compiles what is not compiled yet, then as a graph, one for each part.
 
         Args:
             staged: What the graph reads.
@@ -100,36 +131,45 @@ class Device:
             has_run: All kernels of ours in it have run, in this graph or others: it is recorded at once.
         """
         if self._stream is None:
-            return Graph(staged, run)
+            return Graph(staged, lambda between=None: through(run(), between))
         if not has_run:
-            run()
+            through(run())
         try:
-            graph, result = self._record(run)
+            graphs, result = self._record(run)
         except torch.OutOfMemoryError:
             self.reclaim()  # while a graph is recorded, memory that is cached cannot be given back for it
-            graph, result = self._record(run)
-        self._pool = self._pool or graph.pool()
+            graphs, result = self._record(run)
 
-        def replay() -> torch.Tensor:
-            graph.replay()
+        def replay(between: Callable[[], object] | None = None) -> torch.Tensor:
+            graphs[0].replay()
+            for graph in graphs[1:]:
+                if between is not None:
+                    between()
+                graph.replay()
             return result
 
         return Graph(staged, replay)
 
-    def _record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _record(self, run: Callable[[], Parts]) -> tuple[list[torch.cuda.CUDAGraph], torch.Tensor]:
         self.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graphs, parts, result = list[torch.cuda.CUDAGraph](), run(), None
         with _RECORDING:
-            # Relaxed: a library may load a kernel, Python's collector destroy the graphs of an engine that is gone.
-            graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
-            try:
-                result = run()
-            except BaseException:
-                with suppress(RuntimeError):
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        return graph, result
+            while result is None:
+                graph = torch.cuda.CUDAGraph()
+                # Relaxed: a library may load a kernel, Python's collector destroy the graphs of an engine that is gone.
+                graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
+                try:
+                    next(parts)
+                except StopIteration as end:
+                    result = end.value
+                except BaseException:
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+                graphs.append(graph)
+                self._pool = self._pool or graph.pool()
+        return graphs, result
 
     def taken_by(self, run: Callable[[], object]) -> tuple[int, int]:
         """Bytes that ``run`` takes of the device for good, and of torch's memory at its highest."""

@@ -54,6 +54,10 @@ class DeviceSampler:
         """Rows that are held to a grammar."""
         return self._logits_rows.held
 
+    def send_masks(self, batch: Batch) -> None:
+        """As :meth:`LogitsRows.send_masks`."""
+        self._logits_rows.send_masks(batch)
+
     def guessed(self, batch: Batch) -> tuple[IntArray, IntArray, IntArray]:
         """As :meth:`LogitsRows.guessed`."""
         return self._logits_rows.guessed(batch)

@@ -19,7 +19,7 @@ from vllm_model.host_sampling import is_special
 from vllm_model.kernels._launch import launch, power_of_two
 from vllm_model.kernels.logits import Guessed, LogitsState, process_logits
 from vllm_model.structured import HeldRows, token_bits
-from vllm_model.verifier import sampled_entries
+from vllm_model.verifier import SampledEntries, sampled_entries
 from vllm_traits.batch import Batch, BatchState, IntArray
 from vllm_traits.sampling_params import MAX_LIST_LENGTH, SamplingParams
 
@@ -55,8 +55,6 @@ class LogitsRows:
         where, words = device.device, -(-vocab_size // 32)
         masks = max_num_seqs + (most_guessed if held is not None else 0)
         self.held, self._most_guessed = held, most_guessed
-        self._mask_rows: IntArray | None = None
-        """Of each entry of the step: the row of the bitmask that holds for it; None: that of its slot."""
         self._device, self._vocab_size, self._words = device, vocab_size, words
         self._floats = torch.zeros(3, max_num_seqs, dtype=torch.float32, device=where)
         self._floats[0] = 1.0
@@ -113,31 +111,37 @@ class LogitsRows:
         )
 
     def send_masks(self, batch: Batch) -> None:
-        """Bring what grammars allow in this step to the device.
+        """Find what grammars allow in this step and bring it to the device, while that runs what it has been given.
 
         Raises:
             BackendError: Something is no grammar.
         """
-        self._mask_rows = None
         if self.held is None or not self._constrained[batch.slots].any():
             return
-        entries = sampled_entries(batch)
-        masks = self.held.masks(batch, entries)
+        entries, rooms = sampled_entries(batch), list[torch.Tensor]()
+
+        def make(rows: int, words: int) -> IntArray:
+            rooms.append(self._device.pinned_rows(rows, words))
+            array: IntArray = rooms[0].numpy()
+            return array
+
+        masks = self.held.masks(batch, entries, make)
         if masks is None:
             return
-        rows, places = entries.rows[masks.entries], batch.slots[entries.rows]
-        guessed = batch.num_draft[rows] > 0
-        behind = len(self._constrained) + np.cumsum(guessed) - 1
-        places[masks.entries] = np.where(guessed, behind, places[masks.entries])
-        self._mask_rows, bitmask = places, self._state.bitmask
+        bitmask, places = self._state.bitmask, self._mask_rows(batch, entries)[masks.entries]
         assert bitmask is not None
-        bitmask[self._device.send(places[masks.entries], np.int64)] = self._device.send(masks.bits, np.int32)
+        bitmask[self._device.send(places, np.int64)] = rooms[0].to(bitmask.device, non_blocking=True)
 
     def guessed(self, batch: Batch) -> tuple[IntArray, IntArray, IntArray]:
         """Of each token that the step samples, int32 ``[num_entries]`` each, what :class:`Guessed` holds."""
         entries = sampled_entries(batch)
-        mask_rows = batch.slots[entries.rows] if self._mask_rows is None else self._mask_rows
-        return mask_rows, batch.token_ids[entries.tokens], entries.places.astype(np.int32)
+        return self._mask_rows(batch, entries), batch.token_ids[entries.tokens], entries.places.astype(np.int32)
+
+    def _mask_rows(self, batch: Batch, entries: SampledEntries) -> IntArray:
+        """Of each entry the row of the bitmask that holds for it: that of its slot, or one of those behind the slots."""
+        slots = batch.slots[entries.rows]
+        guessed = self._constrained[slots] & (batch.num_draft[entries.rows] > 0)
+        return np.where(guessed, len(self._constrained) + np.cumsum(guessed, dtype=np.int32) - 1, slots)
 
     def need_host(self, batch: Batch) -> bool:
         """Whether some row needs its logits on the host: scored prompts, too many tokens held back, or too many guesses."""

@@ -92,6 +92,7 @@ class LooseSteps:
             np.where(batch.sample, batch.slots, -1), batch.num_computed + batch.query_lens
         )
         logits = self._forward.logits(hidden)
+        self._sampler.send_masks(batch)
         tokens = self._sampler.draw(logits, slots, positions, mode)
         return self._sampler.keep(logits, tokens, slots, mode)
 
@@ -123,6 +124,7 @@ class LooseSteps:
         entry_slots = batch.slots[entries.rows]
         where = entries.rows * entries.width + entries.places
         slots, positions, places, *more = send_aligned(entry_slots, entries.positions, where, *self._sampler.guessed(batch))
+        self._sampler.send_masks(batch)
         sampled = torch.full((batch.num_rows, entries.width), -1, dtype=torch.int32, device=self._device.device)
         for start in range(0, len(entries), most):  # as many logits at once as a step without guesses has
             piece = slice(start, min(start + most, len(entries)))

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_model.cuda.device import Device, Graph
+from vllm_model.cuda.device import Device, Graph, Parts, through
 from vllm_model.cuda.device_sampler import DeviceSampler, Sampling
 from vllm_model.cuda.finish import RING
 from vllm_model.cuda.forward import Forward
@@ -86,7 +86,7 @@ class ShortSteps:
         for width in sorted({*self._widths[:1], *tiles.values()}):
             for size in {1, min(FEW_ROWS + 1, self._rows.max_num_seqs)}:
                 if size * width <= self._sampler.max_rows:
-                    self._run(self._empty(size, width), size, width, Sampling(), torch.zeros)
+                    through(self._run(self._empty(size, width), size, width, Sampling(), torch.zeros))
 
     def shape_for(self, batch: Batch) -> tuple[int, int] | None:
         """Rows and width of the graph that runs this step, if there is one."""
@@ -104,9 +104,9 @@ class ShortSteps:
         found = self.graphs.get(key)
         if found is None:
             staged = self._empty(*shape)
-            found = self.graphs[key] = self._device.capture(staged, lambda: self._run(staged, *key))
+            found = self.graphs[key] = self._device.capture_parts(staged, lambda: self._run(staged, *key))
         found.staged.copy_(self._stage(batch, *shape, mode), non_blocking=True)
-        return found.replay()
+        return found.replay(lambda: self._sampler.send_masks(batch))
 
     def _stage(self, batch: Batch, size: int, width: int, mode: Sampling) -> torch.Tensor:
         """What a step sends: pinned int32, :data:`TOKEN_FIELDS` of each token, then :data:`ROW_FIELDS` of each row."""
@@ -142,8 +142,8 @@ class ShortSteps:
 
     def _run(
         self, staged: torch.Tensor, size: int, width: int, mode: Sampling, make: Callable[..., torch.Tensor] = torch.empty
-    ) -> torch.Tensor:
-        """Everything between what was sent and what :meth:`run` returns."""
+    ) -> Parts:
+        """Everything between what was sent and what :meth:`run` returns; it stops before logits are changed."""
         forward, rows = self._forward, self._rows
         num, room = size * width, _up(size * width)
         _, positions, slots, sampled_slots, *_, mask_rows, num_guesses = staged[: TOKEN_FIELDS * room].view(-1, room)[:, :num]
@@ -159,6 +159,8 @@ class ShortSteps:
         hidden = forward.layers(token_ids, positions, slots, attend)
         guessed = Guessed(mask_rows, token_ids, num_guesses)
         logits = forward.logits(hidden)
+        if mode.adjusts:
+            yield
         drawn = self._sampler.draw(logits, sampled_slots, positions + 1, mode, guessed)
         accepted = accept(drawn.view(size, width), token_ids.view(size, width), row_slots, first, counts, rows.last_token)
         self._sampler.count(accepted, row_slots, mode)

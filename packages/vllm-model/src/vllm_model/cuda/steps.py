@@ -109,7 +109,6 @@ class Steps:
         self._logits_rows.send_histories(batch)
         if self._logits_rows.need_host(batch):
             return self.loose.run_with_host(batch)
-        self._logits_rows.send_masks(batch)
         mode, finish = self._sampler.mode(batch), self._finisher.finish
         num_logprobs = None
         if mode.reports:
