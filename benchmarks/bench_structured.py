@@ -79,7 +79,7 @@ def host(path: Path) -> None:
 def engine(path: Path, rows: list[int]) -> None:
     llm = LLM(path, load_format="dummy", max_model_len=2048, max_num_seqs=max(rows), skip_tokenizer_init=True)
     rng = np.random.default_rng(0)
-    for num, held in [(num, held) for num in rows for held in sorted({0, num // 2, num})]:
+    for num, held in [(row, part) for row in rows for part in sorted({0, row // 2, row})]:
         params = [
             SamplingParams(
                 max_tokens=GENERATED, ignore_eos=True, detokenize=False, structured_outputs=ENDLESS if row < held else None
