@@ -43,6 +43,8 @@ LIMITS = LLParserLimits(step_max_items=5_000, verbose_errors=False)
 """So that a token takes milliseconds at most; what needs more is refused, or ends with an error."""
 MOST_THREADS = 32
 """That masks are found by."""
+LEAST_PARALLEL = 4
+"""Masks that are worth waking them."""
 LONGEST_MESSAGE = 300
 """Characters of a compiler's message that are passed on."""
 
@@ -118,7 +120,7 @@ class Grammars:
             bits: int32 ``[num, words]``, contiguous, to be written: a row for each walk and each of its guesses.
 
         Raises:
-            BackendError: One takes too long: its matcher has an error.
+            BackendError: One takes too long. The matchers stand anywhere then.
         """
         passed = [0] * len(walks)
         going, length = list(enumerate(walks)), 0
@@ -150,14 +152,14 @@ class Grammars:
 
     def _fill(self, places: list[tuple[LLMatcher, int]], bits: IntArray) -> None:
         """What may come behind each matcher, into its row."""
-        row_bytes = bits[:1].nbytes
-        if len(places) == 1:
-            ((matcher, row),) = places
-            matcher.unsafe_compute_mask_ptr(bits[row:].ctypes.data, row_bytes)
+        start, row_bytes = bits.ctypes.data, bits[:1].nbytes
+        if len(places) < LEAST_PARALLEL:
+            for matcher, row in places:
+                matcher.unsafe_compute_mask_ptr(start + row * row_bytes, row_bytes)
             return
         if self._executor is None:
             self._executor = LLExecutor(min(usable_cores(), MOST_THREADS))
-        self._executor.unsafe_compute_mask_ptr(places, bits.ctypes.data, row_bytes, len(bits))
+        self._executor.unsafe_compute_mask_ptr(places, start, row_bytes, len(bits))
 
     def _compile(self, vocabulary: LLTokenizer, source: str) -> LLMatcher:
         """In a thread with room for what refers to itself a thousand times over."""
@@ -342,10 +344,12 @@ class HeldRows:
             self._grammars.fill(walks, bits)
             for slot, length, walk in zip(slots, lengths.tolist(), walks, strict=True):
                 self._narrow(batch.state, slot, length, bits[walk.row : walk.row + len(walk.guesses) + 1])
-        except VllmError as error:
-            for slot in slots:
+        except BaseException as error:
+            for slot in slots:  # their matchers may stand anywhere
                 self._held.pop(slot, None)
-            raise BackendError(error.message) from error
+            if isinstance(error, VllmError):
+                raise BackendError(error.message) from error
+            raise
         return StepMasks(which, bits)
 
     def _narrow(self, state: BatchState, slot: int, length: int, bits: IntArray) -> None:

@@ -60,6 +60,28 @@ def test_they_run_beside_others_in_the_same_graphs(make_backend: Callable[..., A
     assert any(mode.adjusts for _, mode, _ in backend.steps.decode.graphs)
 
 
+def test_a_row_for_which_nothing_is_left_costs_the_others_nothing(make_backend: Callable[..., Any], grammars: Grammars) -> None:
+    """That turns out when the model has begun to run: more often here than there are buffers to send steps from."""
+    end, params = grammars.eos_token_ids[0], SamplingParams(temperature=1.0, seed=7, max_tokens=6, ignore_eos=True)
+
+    def run(num_bad: int) -> tuple[list[int], list[Any]]:
+        config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=64, num_blocks=32)
+        engine = Engine(make_backend(grammars=grammars), config=config)
+        good = engine.add_request("good", [1, 2, 3], params)
+        bad = held("[0-9]{3}", end, allowed_token_ids=[ord("q") - 32])
+        others = [engine.add_request(f"bad {i}", [4, 5], bad) for i in range(num_bad)]
+        while engine.has_unfinished_requests():
+            engine.step()
+        return good.outputs[0].token_ids, others
+
+    alone, _ = run(0)
+    beside, others = run(3)
+    assert beside == alone
+    for other in others:
+        assert other.outputs[0].finish_reason not in ("stop", "length")
+        assert not other.outputs[0].token_ids
+
+
 @pytest.mark.parametrize("num_right", [0, 3, 8])
 def test_guesses_change_nothing(
     num_right: int, make_backend: Callable[..., Any], grammars: Grammars, monkeypatch: pytest.MonkeyPatch

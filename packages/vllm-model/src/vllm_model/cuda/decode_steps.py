@@ -128,7 +128,7 @@ class DecodeSteps:
     def _run(
         self, staged: torch.Tensor, size: int, mode: Sampling, shared: bool, make: Callable[..., torch.Tensor] = torch.empty
     ) -> Parts:
-        """Everything between the staged rows and the tokens, int32 ``[size]``; it stops before logits are changed."""
+        """Everything between the staged rows and the tokens, int32 ``[size]``; it stops where grammars' bits are sent."""
         forward, workspace, pdl = self._forward, self._prefix_workspace, self._device.pdl
         ints = make(4, -(-size // 4) * 4, dtype=torch.int32, device=self._device.device)[:, :size]
         self._rows.begin(staged, ints)
@@ -149,7 +149,7 @@ class DecodeSteps:
 
         hidden = forward.layers(token_ids, positions, slots, attend, raw=raw)
         logits = forward.logits(hidden)
-        if mode.adjusts:
+        if mode.held:
             yield
         tokens = self._sampler.draw(logits, slots, seq_lens, mode)
         place = staged[FIELDS * size + 2 : FIELDS * size + 3]

@@ -137,8 +137,11 @@ class Device:
         try:
             graphs, result = self._record(run)
         except torch.OutOfMemoryError:
+            graphs = []
+        if not graphs:
             self.reclaim()  # while a graph is recorded, memory that is cached cannot be given back for it
             graphs, result = self._record(run)
+        self._pool = self._pool or graphs[0].pool()
 
         def replay(between: Callable[[], object] | None = None) -> torch.Tensor:
             graphs[0].replay()
@@ -152,12 +155,12 @@ class Device:
 
     def _record(self, run: Callable[[], Parts]) -> tuple[list[torch.cuda.CUDAGraph], torch.Tensor]:
         self.synchronize()
-        graphs, parts, result = list[torch.cuda.CUDAGraph](), run(), None
+        graphs, parts, pool, result = list[torch.cuda.CUDAGraph](), run(), self._pool, None
         with _RECORDING:
             while result is None:
                 graph = torch.cuda.CUDAGraph()
                 # Relaxed: a library may load a kernel, Python's collector destroy the graphs of an engine that is gone.
-                graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
+                graph.capture_begin(pool=pool, capture_error_mode="relaxed")
                 try:
                     next(parts)
                 except StopIteration as end:
@@ -168,7 +171,7 @@ class Device:
                     raise
                 graph.capture_end()
                 graphs.append(graph)
-                self._pool = self._pool or graph.pool()
+                pool = pool or graph.pool()
         return graphs, result
 
     def taken_by(self, run: Callable[[], object]) -> tuple[int, int]:

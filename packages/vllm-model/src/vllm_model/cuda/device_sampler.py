@@ -26,6 +26,8 @@ class Sampling(NamedTuple):
     """Penalties, bias, allowed and banned tokens are applied, and what is sampled is counted."""
     reports: bool = False
     """Log-probabilities come with the tokens."""
+    held: bool = False
+    """What grammars allow is sent while the model runs, so the graph has two parts."""
 
 
 class DeviceSampler:
@@ -47,7 +49,9 @@ class DeviceSampler:
         """What a step must do."""
         slots = batch.slots[batch.sample]
         kind = sampling_mode(batch.state, slots)
-        return Sampling(kind, self._logits_rows.adjust(batch), bool((self._logits_rows.num_logprobs[slots] >= 0).any()))
+        logits_rows = self._logits_rows
+        reports = bool((logits_rows.num_logprobs[slots] >= 0).any())
+        return Sampling(kind, logits_rows.adjust(batch), reports, logits_rows.hold(batch))
 
     @property
     def held(self) -> HeldRows | None:

@@ -116,7 +116,7 @@ class LogitsRows:
         Raises:
             BackendError: Something is no grammar.
         """
-        if self.held is None or not self._constrained[batch.slots].any():
+        if self.held is None or not self.hold(batch):
             return
         entries, rooms = sampled_entries(batch), list[torch.Tensor]()
 
@@ -157,6 +157,10 @@ class LogitsRows:
         lengths = batch.num_computed + batch.query_lens - batch.num_draft
         changed = self._adjusted[batch.slots] | (lengths < self._until[batch.slots])
         return bool((changed & batch.sample).any())
+
+    def hold(self, batch: Batch) -> bool:
+        """Whether some row that samples is held to a grammar."""
+        return bool((self._constrained[batch.slots] & batch.sample).any())
 
     def adjusted(
         self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, guessed: Guessed | None = None

@@ -143,7 +143,7 @@ class ShortSteps:
     def _run(
         self, staged: torch.Tensor, size: int, width: int, mode: Sampling, make: Callable[..., torch.Tensor] = torch.empty
     ) -> Parts:
-        """Everything between what was sent and what :meth:`run` returns; it stops before logits are changed."""
+        """Everything between what was sent and what :meth:`run` returns; it stops where grammars' bits are sent."""
         forward, rows = self._forward, self._rows
         num, room = size * width, _up(size * width)
         _, positions, slots, sampled_slots, *_, mask_rows, num_guesses = staged[: TOKEN_FIELDS * room].view(-1, room)[:, :num]
@@ -159,7 +159,7 @@ class ShortSteps:
         hidden = forward.layers(token_ids, positions, slots, attend)
         guessed = Guessed(mask_rows, token_ids, num_guesses)
         logits = forward.logits(hidden)
-        if mode.adjusts:
+        if mode.held:
             yield
         drawn = self._sampler.draw(logits, sampled_slots, positions + 1, mode, guessed)
         accepted = accept(drawn.view(size, width), token_ids.view(size, width), row_slots, first, counts, rows.last_token)

@@ -1,5 +1,7 @@
 """All that a backend has on its device once the engine's size is known, and which kind of step runs a batch."""
 
+from contextlib import suppress
+
 import numpy as np
 
 from vllm_model.cuda.chunk_steps import ChunkSteps
@@ -94,11 +96,13 @@ class Steps:
         return peak + widest + more + adjusted + SPARE_BYTES
 
     def run(self, batch: Batch) -> RunningStep | CompletedStep:
-        """Start a step. If it cannot be, what it sent goes again with the next."""
+        """Start a step. If it cannot be, what it sent goes again with the next; a part of it may have run."""
         try:
             return self._run(batch)
         except BaseException:
             self._rows.forget(batch.slots)
+            with suppress(RuntimeError):
+                self._device.synchronize()  # nobody else waits for that part, and what it reads is written again
             raise
 
     def _run(self, batch: Batch) -> RunningStep | CompletedStep:
