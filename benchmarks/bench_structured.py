@@ -22,7 +22,7 @@ import numpy as np
 from vllm_core import SamplingParams
 from vllm_model import LLM, resolve_model
 from vllm_model.loaders import load_config
-from vllm_model.structured import Grammars, Walk
+from vllm_model.structured import Grammars, HeldRow, Walk
 from vllm_traits import StructuredOutputsParams
 
 SCHEMA = {
@@ -57,18 +57,19 @@ def host(path: Path) -> None:
     grammars = Grammars.of(path, config.vocab_size, config.eos_token_ids)
     if grammars is None:
         sys.exit("this model has no tokenizer")
-    first, _ = timed(lambda: grammars.matcher(StructuredOutputsParams(regex="a")))
+    first, _ = timed(lambda: grammars.original(StructuredOutputsParams(regex="a")))
     print(json.dumps({"vocabulary": config.vocab_size, "read_s": round(first, 2)}), flush=True)
     rng, bits = np.random.default_rng(0), np.zeros((1, grammars.words), np.int32)
     for name, wanted in WANTED.items():
-        compiled, matcher = timed(lambda wanted=wanted: grammars.matcher(wanted))  # type: ignore[misc]
-        masks, steps = [], []
+        compiled, original = timed(lambda wanted=wanted: grammars.original(wanted))  # type: ignore[misc]
+        matcher, masks, steps = original.matcher.deep_copy(), [], []
         for _ in range(TOKENS):
-            masks.append(timed(lambda matcher=matcher: grammars.fill([Walk(matcher, [], 0)], bits))[0])  # type: ignore[misc]
+            walk = Walk(HeldRow(wanted, original.number, matcher), [], 0)
+            masks.append(timed(lambda walk=walk: grammars.fill([walk], bits))[0])  # type: ignore[misc]
             tokens = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
             token = int(rng.choice(tokens))
             if token in grammars.eos_token_ids:
-                matcher = grammars.matcher(wanted)
+                matcher = original.matcher.deep_copy()
                 continue
             steps.append(timed(lambda matcher=matcher, token=token: grammars.consume(matcher, [token]))[0])  # type: ignore[misc]
         line = {"compile_ms": compiled * 1e3, "mask_us": statistics.median(masks) * 1e6, "worst_mask_us": max(masks) * 1e6}

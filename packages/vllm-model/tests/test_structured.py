@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from vllm_core import Engine, EngineConfig, RequestOutput, SamplingParams
-from vllm_model import LLM, load_backend
+from vllm_model import LLM, load_backend, structured
 from vllm_model.structured import Grammars, StepMasks
 from vllm_traits import conformance
 from vllm_traits.errors import InvalidRequestError
@@ -183,6 +184,21 @@ def test_part_of_a_steps_masks() -> None:
     part = masks.part(slice(4, 8))
     assert part.entries.tolist() == [0, 1]
     assert part.bits.tolist() == bits[1:3].tolist()
+
+
+def test_rows_beside_each_other_wait_for_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of one compiled grammar share a lock: there are as many as threads, unless compiling takes long."""
+    grammars = Grammars.of(folder, 97, (95,))
+    assert grammars is not None
+    monkeypatch.setattr(grammars, "_threads", 3)
+    used, held = Counter[int](), Held(regex=REGEX)
+    for _ in range(7):
+        used[grammars.original(held, used).number] += 1
+    assert sorted(used.values()) == [2, 2, 3]
+    assert grammars.original(held).number == grammars.original(held).number
+    monkeypatch.setattr(structured, "QUICK_SECONDS", 0.0)
+    slow = Held(regex="[ab]*")
+    assert grammars.original(slow, Counter({grammars.original(slow).number: 5})) == grammars.original(slow)
 
 
 def test_a_least_length_is_refused(llm: LLM) -> None:

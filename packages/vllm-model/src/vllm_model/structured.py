@@ -10,9 +10,11 @@ for guesses it goes on to them and back::
 Where a grammar has ended the model's end-of-sequence tokens alone may come, so the request ends there unless ``ignore_eos``.
 """
 
+import itertools
 import json
 import threading
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +43,12 @@ STACK_BYTES = 256 << 20
 """Of the thread that compiles; memory that is not used is not taken."""
 LIMITS = LLParserLimits(step_max_items=5_000, verbose_errors=False)
 """So that a token takes milliseconds at most; what needs more is refused, or ends with an error."""
-MOST_THREADS = 32
+MOST_THREADS = 16
 """That masks are found by."""
 LEAST_PARALLEL = 4
 """Masks that are worth waking them."""
+QUICK_SECONDS = 0.02
+"""A grammar that is compiled in so much is compiled again for rows beside others with it."""
 LONGEST_MESSAGE = 300
 """Characters of a compiler's message that are passed on."""
 
@@ -54,6 +58,20 @@ def token_bits(tokens: Sequence[int] | npt.NDArray[np.integer], words: int) -> I
     bits = np.zeros(words * 32, np.bool_)
     bits[np.asarray(tokens, np.int64)] = True
     return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+class Original(NamedTuple):
+    """A compiled grammar at its beginning; its copies share its automaton, and a lock: one at a time finds what may come.
+
+    Attributes:
+        number: No other has it.
+        matcher: To be copied.
+        seconds: That compiling took.
+    """
+
+    number: int
+    matcher: LLMatcher
+    seconds: float
 
 
 class Grammars:
@@ -69,7 +87,9 @@ class Grammars:
         self.eos_token_ids, self.words = eos_token_ids, -(-vocab_size // 32)
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._vocabulary: LLTokenizer | InvalidRequestError | None = None
-        self._compiled: OrderedDict[bytes, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[bytes, list[Original]] = OrderedDict()
+        self._numbers = itertools.count()
+        self._threads = min(usable_cores(), MOST_THREADS)
         self._executor: LLExecutor | None = None
 
     @classmethod
@@ -90,10 +110,14 @@ class Grammars:
             return
         if params.min_tokens > 0:
             raise InvalidRequestError("min_tokens must be 0 with structured_outputs, which says when to end.", "min_tokens")
-        self.matcher(params.structured_outputs)
+        self.original(params.structured_outputs)
 
-    def matcher(self, wanted: StructuredOutputsParams) -> LLMatcher:
-        """A new matcher at its beginning.
+    def original(self, wanted: StructuredOutputsParams, used: Counter[int] | None = None) -> Original:
+        """One that few rows use.
+
+        Args:
+            wanted: The grammar.
+            used: By number of an original, the rows that have copies.
 
         Raises:
             InvalidRequestError: It is no grammar, too large, or nothing keeps it.
@@ -106,11 +130,16 @@ class Grammars:
             raise _refused(f"{len(key):,} bytes are too many; a grammar may have {LONGEST_GRAMMAR:,}.")
         found = self._compiled.get(key)
         if found is None:
-            found = self._compiled[key] = self._compile(self._read_vocabulary(), _source(wanted))
+            found = self._compiled[key] = [self._compile(self._read_vocabulary(), _source(wanted))]
             if len(self._compiled) > MOST_GRAMMARS:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        return found.deep_copy()
+        used = used or Counter()
+        least = min(found, key=lambda original: used[original.number])
+        if used[least.number] and len(found) < self._threads and least.seconds < QUICK_SECONDS:
+            least = self._compile(self._read_vocabulary(), _source(wanted))
+            found.append(least)
+        return least
 
     def fill(self, walks: "Sequence[Walk]", bits: IntArray) -> None:
         """What may come behind each walk's matcher, and behind each of its guesses; all behind a guess that may not come.
@@ -123,22 +152,24 @@ class Grammars:
             BackendError: One takes too long. The matchers stand anywhere then.
         """
         passed = [0] * len(walks)
-        going, length = list(enumerate(walks)), 0
+        # In the order of originals, so that those of one are found by one thread.
+        going, length = sorted(enumerate(walks), key=lambda entry: entry[1].held.original), 0
         while going:
-            self._fill([(walk.matcher, walk.row + length) for _, walk in going], bits)
+            self._fill([(walk.held.matcher, walk.row + length) for _, walk in going], bits)
             further = []
             for each, walk in going:
                 if length == len(walk.guesses):
                     continue
                 guess = walk.guesses[length]
-                if self.consume(walk.matcher, [guess]):
+                if self.consume(walk.held.matcher, [guess]):
                     passed[each] += 1
-                elif not (walk.matcher.is_stopped() and guess in self.eos_token_ids):  # behind an end are more
+                elif not (walk.held.matcher.is_stopped() and guess in self.eos_token_ids):  # behind an end are more
                     bits[walk.row + length + 1 : walk.row + len(walk.guesses) + 1] = -1
                     continue
                 further.append((each, walk))
             going, length = further, length + 1
-        for (matcher, _, _), num in zip(walks, passed, strict=True):
+        for walk, num in zip(walks, passed, strict=True):
+            matcher = walk.held.matcher
             if matcher.is_error() or (num and not matcher.rollback(num)):
                 raise BackendError(f"structured_outputs: {_short(matcher.get_error())}")
         first, *others = self.eos_token_ids
@@ -158,12 +189,12 @@ class Grammars:
                 matcher.unsafe_compute_mask_ptr(start + row * row_bytes, row_bytes)
             return
         if self._executor is None:
-            self._executor = LLExecutor(min(usable_cores(), MOST_THREADS))
+            self._executor = LLExecutor(self._threads)
         self._executor.unsafe_compute_mask_ptr(places, start, row_bytes, len(bits))
 
-    def _compile(self, vocabulary: LLTokenizer, source: str) -> LLMatcher:
+    def _compile(self, vocabulary: LLTokenizer, source: str) -> Original:
         """In a thread with room for what refers to itself a thousand times over."""
-        result: list[Any] = []
+        result, begun = list[Any](), time.perf_counter()
 
         def compile_() -> None:
             try:
@@ -187,8 +218,7 @@ class Grammars:
         thread.join()
         if isinstance(result[0], InvalidRequestError):
             raise result[0]
-        found: LLMatcher = result[0]
-        return found
+        return Original(next(self._numbers), result[0], time.perf_counter() - begun)
 
     def _read_vocabulary(self) -> LLTokenizer:
         if self._vocabulary is None:
@@ -249,30 +279,33 @@ def _short(message: str) -> str:
     return message.partition("<")[0].strip()[:LONGEST_MESSAGE] or "too complex."
 
 
-class Walk(NamedTuple):
-    """Where a row stands in its grammar.
-
-    Attributes:
-        matcher: Behind what is known.
-        guesses: What may follow.
-        row: The first of its rows of bits.
-    """
-
-    matcher: LLMatcher
-    guesses: list[int]
-    row: int
-
-
 @dataclass(slots=True)
-class _Held:
-    """A row."""
+class HeldRow:
+    """Where a row stands in its grammar."""
 
     wanted: StructuredOutputsParams
+    original: int
+    """Its number."""
     matcher: LLMatcher
+    """Behind what is known."""
     said: bytes = b""
     """What the matcher stands behind, and what came behind its end: int32."""
     passed: int = 0
     """Tokens that it has gone over."""
+
+
+class Walk(NamedTuple):
+    """What is to be found for a row.
+
+    Attributes:
+        held: Where it stands.
+        guesses: What may follow.
+        row: The first of its rows of bits.
+    """
+
+    held: HeldRow
+    guesses: list[int]
+    row: int
 
 
 class StepMasks(NamedTuple):
@@ -305,7 +338,7 @@ class HeldRows:
 
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, HeldRow] = {}
 
     def masks(
         self, batch: Batch, entries: SampledEntries, make: Callable[[int, int], IntArray] | None = None
@@ -338,8 +371,8 @@ class HeldRows:
                 slots, lengths.tolist(), ends.tolist(), batch.num_draft[held].tolist(), strict=True
             ):
                 start = int(batch.state.num_prompt_tokens[slot])
-                matcher = self._behind(slot, params[slot], batch.state.token_ids[slot, start : start + length])
-                walks.append(Walk(matcher, batch.token_ids[end : end + drafts].tolist(), at))
+                held_row = self._behind(slot, params[slot], batch.state.token_ids[slot, start : start + length])
+                walks.append(Walk(held_row, batch.token_ids[end : end + drafts].tolist(), at))
                 at += drafts + 1
             self._grammars.fill(walks, bits)
             for slot, length, walk in zip(slots, lengths.tolist(), walks, strict=True):
@@ -367,20 +400,20 @@ class HeldRows:
         if not left.all():
             raise BackendError("structured_outputs: nothing may come that allowed_token_ids and min_tokens allow as well.")
 
-    def _behind(self, slot: int, params: SamplingParams | None, tokens: IntArray) -> LLMatcher:
+    def _behind(self, slot: int, params: SamplingParams | None, tokens: IntArray) -> HeldRow:
         """The slot's matcher behind these tokens: it goes back where they are others than before."""
         wanted = _wanted(params)
         assert wanted is not None
         held = self._held.get(slot)
         if held is None or held.wanted is not wanted:
-            held = self._held[slot] = _Held(wanted, self._grammars.matcher(wanted))
+            held = self._begin(slot, wanted)
         said, same = tokens.tobytes(), len(held.said) // tokens.itemsize
         if not said.startswith(held.said):
             before = np.frombuffer(held.said, tokens.dtype)[: len(tokens)]
             same = int(np.append(np.flatnonzero(before != tokens[: len(before)]), len(before))[0])
         back = held.passed - min(held.passed, same)
         if back and not held.matcher.rollback(back):
-            held = self._held[slot] = _Held(wanted, self._grammars.matcher(wanted))
+            held = self._begin(slot, wanted)
             back = same = 0
         held.passed -= back
         if held.passed == same:  # not behind its end
@@ -388,7 +421,13 @@ class HeldRows:
         if held.passed < len(tokens) and not held.matcher.is_stopped():
             raise BackendError("structured_outputs: the row has said what its grammar does not allow.")
         held.said = said
-        return held.matcher
+        return held
+
+    def _begin(self, slot: int, wanted: StructuredOutputsParams) -> HeldRow:
+        self._held.pop(slot, None)
+        original = self._grammars.original(wanted, Counter(held.original for held in self._held.values()))
+        held = self._held[slot] = HeldRow(wanted, original.number, original.matcher.deep_copy())
+        return held
 
 
 def _wanted(params: SamplingParams | None) -> StructuredOutputsParams | None:
