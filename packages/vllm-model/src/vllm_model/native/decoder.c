@@ -1,6 +1,9 @@
 // A step of a decoder on the CPU: embedding, layers, last norm; and logits. Called through ctypes by native/__init__.py, which
 // holds the same structures. All numbers between products are floats; only what products and the cache take is rounded.
 #include <stdlib.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "attention.h"
 #include "sampling.h"
@@ -343,13 +346,16 @@ int product(const Product *w, int dot, const float *x, int rows, float *out) {
     return 0;
 }
 
-// Give back what steps kept.
+// Give back what steps kept, to the machine where the C library can.
 void release(void) {
     pthread_mutex_lock(&step_lock);
     free(arena);
     arena = NULL;
     arena_size = 0;
     pthread_mutex_unlock(&step_lock);
+#ifdef __GLIBC__
+    malloc_trim(0);  // else it stays in the heap, if it lay between others
+#endif
 }
 
 // 0, or -1 if there is no memory for it.
