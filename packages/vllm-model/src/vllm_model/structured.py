@@ -33,7 +33,7 @@ from vllm_traits.errors import BackendError, InvalidRequestError, VllmError
 from vllm_traits.sampling_params import SamplingParams, StructuredOutputsParams
 
 MOST_GRAMMARS = 1024
-"""Compiled ones that are kept for the next request with the same."""
+"""Compiled ones, several of one grammar counted each, that are kept for the next request with the same."""
 LONGEST_GRAMMAR = 1 << 17
 """Bytes. Each rule may lead to another, and the compiler goes down to the last on the stack."""
 COUNTS = tuple(bound + of for bound in ("min", "max") for of in ("Items", "Length", "Properties", "Contains"))
@@ -131,14 +131,14 @@ class Grammars:
         found = self._compiled.get(key)
         if found is None:
             found = self._compiled[key] = [self._compile(self._read_vocabulary(), _source(wanted))]
-            if len(self._compiled) > MOST_GRAMMARS:
-                self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
         used = used or Counter()
         least = min(found, key=lambda original: used[original.number])
         if used[least.number] and len(found) < self._threads and least.seconds < QUICK_SECONDS:
             least = self._compile(self._read_vocabulary(), _source(wanted))
             found.append(least)
+        while sum(map(len, self._compiled.values())) > MOST_GRAMMARS:
+            self._compiled.popitem(last=False)
         return least
 
     def fill(self, walks: "Sequence[Walk]", bits: IntArray) -> None:
