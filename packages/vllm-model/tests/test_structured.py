@@ -1,6 +1,7 @@
 """Rows that are held to a grammar, on the CPU: by a random model, which would say anything."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -191,14 +192,30 @@ def test_rows_beside_each_other_wait_for_no_other(folder: Path, monkeypatch: pyt
     grammars = Grammars.of(folder, 97, (95,))
     assert grammars is not None
     monkeypatch.setattr(grammars, "_threads", 3)
-    used, held = Counter[int](), Held(regex=REGEX)
-    for _ in range(7):
-        used[grammars.original(held, used).number] += 1
-    assert sorted(used.values()) == [2, 2, 3]
-    assert grammars.original(held).number == grammars.original(held).number
+    monkeypatch.setattr(structured, "QUICK_SECONDS", math.inf)
+    used, held = Counter[structured.Original](), Held(regex=REGEX)
+    for _ in range(11):
+        used[grammars.original(held, used)] += 1
+    assert sorted(used.values()) == [3, 4, 4]
+    assert grammars.original(held, Counter(list(used)[:2])) is list(used)[2]
     monkeypatch.setattr(structured, "QUICK_SECONDS", 0.0)
     slow = Held(regex="[ab]*")
-    assert grammars.original(slow, Counter({grammars.original(slow).number: 5})) == grammars.original(slow)
+    assert grammars.original(slow, {grammars.original(slow): 5}) is grammars.original(slow)
+
+
+def test_rows_that_have_left_are_beside_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = list[str]()
+    compile_ = Grammars._compile
+    monkeypatch.setattr(
+        Grammars, "_compile", lambda self, words, source: compiled.append(source) or compile_(self, words, source)
+    )
+    monkeypatch.setattr(structured, "usable_cores", lambda: 8)
+    driver = conformance.Driver(load_backend(folder, device="cpu"), max_num_seqs=8)
+    for slot in range(8):
+        driver.place(slot, [1, 2, 3], [4 + slot], SamplingParams(seed=slot, structured_outputs=Held(regex="[a-z]*")))
+        driver.generate(slot, 2)
+        driver.state.params[slot] = None
+    assert len(compiled) == 1
 
 
 def test_a_least_length_is_refused(llm: LLM) -> None:

@@ -4,7 +4,8 @@
 What a running sequence needs stands in rows of device tensors, by slot: block table, last token, sampling parameters. A step
 sends one small buffer from the host (which slots, how far each is, which blocks are new) and reads one back (the tokens), so
 step N+1 is launched before step N has been read. Steps of single tokens, of a few tokens with guesses and of prompts replay a
-graph of the next larger size; what fits none launches the same kernels one by one. Only prompts that are scored, and very many
+graph of the next larger size, or two where a row is held to a grammar: the host finds what may come while the first runs the
+model. What fits no graph launches the same kernels one by one. Only prompts that are scored, and very many
 guesses with log-probabilities beside them, have their logits read by the host. :mod:`vllm_model.cuda` has the parts.
 """
 

@@ -10,14 +10,14 @@ for guesses it goes on to them and back::
 Where a grammar has ended the model's end-of-sequence tokens alone may come, so the request ends there unless ``ignore_eos``.
 """
 
-import itertools
 import json
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -60,22 +60,21 @@ def token_bits(tokens: Sequence[int] | npt.NDArray[np.integer], words: int) -> I
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 
-class Original(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class Original:
     """A compiled grammar at its beginning; its copies share its automaton, and a lock: one at a time finds what may come.
 
     Attributes:
-        number: No other has it.
         matcher: To be copied.
-        seconds: That compiling took.
+        seconds: That compiling took of a processor.
     """
 
-    number: int
     matcher: LLMatcher
     seconds: float
 
 
 class Grammars:
-    """Compiles them, for one model's tokens.
+    """Compiles grammars and finds what they allow, for one model's tokens.
 
     Args:
         tokenizer: Gives the tokenizer, when the first grammar comes: reading it takes seconds.
@@ -87,8 +86,7 @@ class Grammars:
         self.eos_token_ids, self.words = eos_token_ids, -(-vocab_size // 32)
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._vocabulary: LLTokenizer | InvalidRequestError | None = None
-        self._compiled: OrderedDict[bytes, list[Original]] = OrderedDict()
-        self._numbers = itertools.count()
+        self._compiled: OrderedDict[bytes, tuple[Original, ...]] = OrderedDict()
         self._threads = min(usable_cores(), MOST_THREADS)
         self._executor: LLExecutor | None = None
 
@@ -112,12 +110,12 @@ class Grammars:
             raise InvalidRequestError("min_tokens must be 0 with structured_outputs, which says when to end.", "min_tokens")
         self.original(params.structured_outputs)
 
-    def original(self, wanted: StructuredOutputsParams, used: Counter[int] | None = None) -> Original:
-        """One that few rows use.
+    def original(self, wanted: StructuredOutputsParams, used: Mapping[Original, int] = MappingProxyType({})) -> Original:
+        """That with the fewest rows; a new one if all have some, it compiles quickly, and a thread has none.
 
         Args:
             wanted: The grammar.
-            used: By number of an original, the rows that have copies.
+            used: Rows that have copies, by original.
 
         Raises:
             InvalidRequestError: It is no grammar, too large, or nothing keeps it.
@@ -128,18 +126,14 @@ class Grammars:
             raise _refused(str(error)) from error
         if len(key) > LONGEST_GRAMMAR:
             raise _refused(f"{len(key):,} bytes are too many; a grammar may have {LONGEST_GRAMMAR:,}.")
-        found = self._compiled.get(key)
-        if found is None:
-            found = self._compiled[key] = [self._compile(self._read_vocabulary(), _source(wanted))]
+        found = self._compiled.get(key, ())
+        if not found or self._another_helps(found, used):
+            found = self._compiled[key] = (*found, self._compile(self._read_vocabulary(), _source(wanted)))
+            self._compiled.move_to_end(key)
+            while sum(map(len, self._compiled.values())) > MOST_GRAMMARS:
+                self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        used = used or Counter()
-        least = min(found, key=lambda original: used[original.number])
-        if used[least.number] and len(found) < self._threads and least.seconds < QUICK_SECONDS:
-            least = self._compile(self._read_vocabulary(), _source(wanted))
-            found.append(least)
-        while sum(map(len, self._compiled.values())) > MOST_GRAMMARS:
-            self._compiled.popitem(last=False)
-        return least
+        return min(found, key=lambda original: used.get(original, 0))
 
     def fill(self, walks: "Sequence[Walk]", bits: IntArray) -> None:
         """What may come behind each walk's matcher, and behind each of its guesses; all behind a guess that may not come.
@@ -152,8 +146,8 @@ class Grammars:
             BackendError: One takes too long. The matchers stand anywhere then.
         """
         passed = [0] * len(walks)
-        # In the order of originals, so that those of one are found by one thread.
-        going, length = sorted(enumerate(walks), key=lambda entry: entry[1].held.original), 0
+        # Copies of one original beside each other, so that it is mostly one thread that takes them.
+        going, length = sorted(enumerate(walks), key=lambda entry: id(entry[1].held.original)), 0
         while going:
             self._fill([(walk.held.matcher, walk.row + length) for _, walk in going], bits)
             further = []
@@ -181,6 +175,11 @@ class Grammars:
         """Go on, to the end at most; returns over how many tokens."""
         return matcher.try_consume_tokens([self.eos_token_ids[0] if token in self.eos_token_ids else token for token in tokens])
 
+    def _another_helps(self, found: Sequence[Original], used: Mapping[Original, int]) -> bool:
+        """Whether a row would wait for others less with an original of its own, and that is soon there."""
+        waits = sum(used.values()) + 1 >= LEAST_PARALLEL and all(used.get(original, 0) for original in found)
+        return waits and len(found) < self._threads and found[0].seconds < QUICK_SECONDS
+
     def _fill(self, places: list[tuple[LLMatcher, int]], bits: IntArray) -> None:
         """What may come behind each matcher, into its row."""
         start, row_bytes = bits.ctypes.data, bits[:1].nbytes
@@ -194,9 +193,11 @@ class Grammars:
 
     def _compile(self, vocabulary: LLTokenizer, source: str) -> Original:
         """In a thread with room for what refers to itself a thousand times over."""
-        result, begun = list[Any](), time.perf_counter()
+        result, seconds = list[Any](), 0.0
 
         def compile_() -> None:
+            nonlocal seconds
+            begun = time.thread_time()
             try:
                 matcher = LLMatcher(vocabulary, source, log_level=0, limits=LIMITS)
                 bits = np.zeros(self.words, np.int32)
@@ -208,6 +209,7 @@ class Grammars:
                     result.append(_refused(matcher.get_error()) if matcher.is_error() else matcher)
             except BaseException as error:
                 result.append(_refused(str(error)))
+            seconds = time.thread_time() - begun
 
         before = threading.stack_size(STACK_BYTES)
         try:
@@ -218,7 +220,7 @@ class Grammars:
         thread.join()
         if isinstance(result[0], InvalidRequestError):
             raise result[0]
-        return Original(next(self._numbers), result[0], time.perf_counter() - begun)
+        return Original(result[0], seconds)
 
     def _read_vocabulary(self) -> LLTokenizer:
         if self._vocabulary is None:
@@ -284,8 +286,7 @@ class HeldRow:
     """Where a row stands in its grammar."""
 
     wanted: StructuredOutputsParams
-    original: int
-    """Its number."""
+    original: Original
     matcher: LLMatcher
     """Behind what is known."""
     said: bytes = b""
@@ -339,6 +340,7 @@ class HeldRows:
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
         self._held: dict[int, HeldRow] = {}
+        self._used = Counter[Original]()
 
     def masks(
         self, batch: Batch, entries: SampledEntries, make: Callable[[int, int], IntArray] | None = None
@@ -358,6 +360,8 @@ class HeldRows:
         """
         params = batch.state.params
         held = [row for row, slot in enumerate(batch.slots.tolist()) if _wanted(params[slot]) is not None and batch.sample[row]]
+        for slot in [slot for slot, row in self._held.items() if _wanted(params[slot]) is not row.wanted]:
+            self._drop(slot)  # its sequence has left
         if not held:
             return None
         which = np.flatnonzero(np.isin(entries.rows, held))
@@ -379,7 +383,7 @@ class HeldRows:
                 self._narrow(batch.state, slot, length, bits[walk.row : walk.row + len(walk.guesses) + 1])
         except BaseException as error:
             for slot in slots:  # their matchers may stand anywhere
-                self._held.pop(slot, None)
+                self._drop(slot)
             if isinstance(error, VllmError):
                 raise BackendError(error.message) from error
             raise
@@ -424,10 +428,16 @@ class HeldRows:
         return held
 
     def _begin(self, slot: int, wanted: StructuredOutputsParams) -> HeldRow:
-        self._held.pop(slot, None)
-        original = self._grammars.original(wanted, Counter(held.original for held in self._held.values()))
-        held = self._held[slot] = HeldRow(wanted, original.number, original.matcher.deep_copy())
+        self._drop(slot)
+        original = self._grammars.original(wanted, self._used)
+        held = self._held[slot] = HeldRow(wanted, original, original.matcher.deep_copy())
+        self._used[original] += 1
         return held
+
+    def _drop(self, slot: int) -> None:
+        held = self._held.pop(slot, None)
+        if held is not None:
+            self._used -= Counter([held.original])
 
 
 def _wanted(params: SamplingParams | None) -> StructuredOutputsParams | None:

@@ -27,7 +27,7 @@ class Sampling(NamedTuple):
     reports: bool = False
     """Log-probabilities come with the tokens."""
     held: bool = False
-    """What grammars allow is sent while the model runs, so the graph has two parts."""
+    """What grammars allow is sent while the model runs; a graph of such a step has two parts."""
 
 
 class DeviceSampler:
