@@ -4,6 +4,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_without_pip_the_message_says_so(cache: Path, monkeypatch: pytest.Monkey
 
 
 def test_hugging_face_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, object] = {}
+    seen: dict[str, Any] = {}
 
     def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         seen.update(name=name, revision=revision, patterns=allow_patterns)
@@ -104,7 +105,9 @@ def test_hugging_face_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert hub.resolve_model("some/model", revision="v1") == tmp_path
-    assert (seen["name"], seen["revision"]) == ("some/model", "v1")
+    assert (seen["name"], seen["revision"], seen["patterns"]) == ("some/model", "v1", list(hub.PATTERNS))
+    assert hub.resolve_model("some/model", only_config=True) == tmp_path
+    assert "*.safetensors" not in seen["patterns"]
     assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in hub.PATTERNS)
 
 

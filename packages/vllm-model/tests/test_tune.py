@@ -27,6 +27,17 @@ def test_an_unknown_model_has_its_message(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().err == "There is no model at nowhere.\n"
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_heads_that_no_kernel_takes_are_named(
+    random_model: Callable[..., tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    folder, _ = random_model("Qwen3ForCausalLM", head_dim=320, num_attention_heads=2)
+    assert tune.main([str(folder)]) == 1
+    assert "head_dim is 320: heads of 16 to 256" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_a_backend_runs_with_what_was_kept(
     random_model: Callable[..., tuple[Path, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

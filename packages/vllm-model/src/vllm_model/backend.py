@@ -246,10 +246,15 @@ def load_backend(
     return backend(config, cast("Any", weights), **settings)  # none of them quantized
 
 
+def runs_on_kernels(config: ModelConfig) -> bool:
+    """Whether our kernels for CUDA devices take heads of this size."""
+    return 16 <= config.head_dim <= 256
+
+
 def _backend_class(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> "type[TorchBackend] | type[CudaBackend]":
     """Our kernels where they run: half precision on a CUDA device with Triton."""
     half = device.type == "cuda" and dtype != torch.float32
-    if half and 16 <= config.head_dim <= 256 and importlib.util.find_spec("triton") is not None:
+    if half and runs_on_kernels(config) and importlib.util.find_spec("triton") is not None:
         from vllm_model.cuda_backend import CudaBackend
         from vllm_model.kernels._compilers import prepare
 

