@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from vllm_core import SamplingParams
 from vllm_model import LLM, Tokenizer, resolve_model
 from vllm_model.loaders import load_config, load_weights, read_gguf_metadata
+from vllm_traits import StructuredOutputsParams
 
 PROMPTS = [
     "The capital of France is",
@@ -125,6 +126,48 @@ def test_the_capital_of_france(source: str, request: pytest.FixtureRequest) -> N
     assert "Paris" in outputs[0].outputs[0].text
     assert outputs[0].outputs[0].finish_reason == "stop"
     assert "<|im_end|>" not in outputs[0].outputs[0].text
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 30},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "hobbies": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 1, "maxItems": 4},
+    },
+    "required": ["name", "age", "hobbies"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_answers_keep_a_schema_with_guesses_too(device: str, gguf: Path) -> None:
+    """The same answers, where bfloat16 leaves no ties."""
+    people = ("a sailor", "a painter", "a robot", "your grandmother")
+    questions = [[{"role": "user", "content": f"Describe {who} as JSON with name, age and hobbies."}] for who in people]
+    held = StructuredOutputsParams(json=PERSON)
+    params = [
+        SamplingParams(temperature=0.4 * (i % 2), seed=i, max_tokens=200, structured_outputs=held) for i in range(len(people))
+    ]
+
+    def answers(**settings: Any) -> list[str]:
+        dtype = "float32" if device == "cpu" else "bfloat16"
+        llm = LLM(
+            gguf, device=device, dtype=dtype, max_model_len=1024, max_num_seqs=8, kv_cache_memory_bytes=1 << 28, **settings
+        )
+        outputs = [output.outputs[0] for output in llm.chat(questions, params, use_tqdm=False)]
+        llm.close()
+        assert {output.finish_reason for output in outputs} == {"stop"}
+        return [output.text for output in outputs]
+
+    texts, guessed = answers(), answers(speculative={"method": "ngram", "num_speculative_tokens": 4})
+    for text in (*texts, *guessed):
+        person = json.loads(text)
+        assert list(person) == ["name", "age", "hobbies"]
+        assert 0 <= person["age"] <= 120
+        assert 1 <= len(person["hobbies"]) <= 4
+    assert guessed == texts or device == "cuda"
 
 
 def test_prompt_logprobs_are_those_of_transformers(folder: Path) -> None:

@@ -16,6 +16,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -87,7 +88,6 @@ class Grammars:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._vocabulary: LLTokenizer | InvalidRequestError | None = None
         self._compiled: OrderedDict[bytes, tuple[Original, ...]] = OrderedDict()
-        self._threads = min(usable_cores(), MOST_THREADS)
         self._executor: LLExecutor | None = None
 
     @classmethod
@@ -97,6 +97,10 @@ class Grammars:
         if not ends or not (path.suffix == ".gguf" or (path / "tokenizer.json").exists()):
             return None
         return cls(lambda: Tokenizer.from_pretrained(path), vocab_size, ends)
+
+    @cached_property
+    def _threads(self) -> int:
+        return min(usable_cores(), MOST_THREADS)
 
     def check(self, params: SamplingParams) -> None:
         """Compile what a request wants to be held to, if anything.

@@ -33,7 +33,7 @@ def text_of(output: Any, end: int) -> str:
     return "".join(chr(32 + token) for token in output.outputs[0].token_ids if token != end)
 
 
-def test_they_run_beside_others_in_the_same_graphs(make_backend: Callable[..., Any], grammars: Grammars) -> None:
+def test_they_run_beside_others_in_the_same_steps(make_backend: Callable[..., Any], grammars: Grammars) -> None:
     end, free = grammars.eos_token_ids[0], SamplingParams(temperature=1.0, seed=7, max_tokens=8, ignore_eos=True)
     digits = [ord(digit) - 32 for digit in "0123456789"]
 
@@ -57,7 +57,7 @@ def test_they_run_beside_others_in_the_same_graphs(make_backend: Callable[..., A
     for row in (a, b):
         assert re.fullmatch(REGEX, text_of(row, end)), text_of(row, end)
     assert re.fullmatch(r"[0-9]{3}", text_of(c, end))
-    assert any(mode.adjusts for _, mode, _ in backend.steps.decode.graphs)
+    assert any(size > 1 and mode.held for size, mode, _ in backend.steps.decode.graphs)
 
 
 def test_a_row_for_which_nothing_is_left_costs_the_others_nothing(make_backend: Callable[..., Any], grammars: Grammars) -> None:
@@ -86,9 +86,7 @@ def test_a_row_for_which_nothing_is_left_costs_the_others_nothing(make_backend: 
 
 
 @pytest.mark.parametrize("num_right", [0, 3, 8])
-def test_guesses_change_nothing(
-    num_right: int, make_backend: Callable[..., Any], grammars: Grammars, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guesses_change_nothing(num_right: int, make_backend: Callable[..., Any], grammars: Grammars) -> None:
     """Each guess under what may come there: verified and accepted in a graph."""
     params = held(r"(ab|[c-z]+ ){4,9}", grammars.eos_token_ids[0], temperature=0.9, seed=5)
     prompt = [(7 * i + 3) % 95 for i in range(19)]
@@ -98,7 +96,7 @@ def test_guesses_change_nothing(
     assert re.match(r"(ab|[c-z]+ |[c-z])", "".join(chr(32 + token) for token in truth))
     backend = make_backend(grammars=grammars)
     conformance._guess(backend, prompt, params, truth, num_right)
-    assert any(mode.adjusts and width > 1 for _, width, mode in backend.steps.short.graphs)
+    assert any(mode.held and width > 1 for _, width, mode in backend.steps.short.graphs)
 
 
 def test_guesses_that_no_graph_is_for(make_backend: Callable[..., Any], grammars: Grammars) -> None:

@@ -125,11 +125,10 @@ class LogitsRows:
             array: IntArray = rooms[0].numpy()
             return array
 
-        masks = self.held.masks(batch, entries, make)
-        if masks is None:
-            return
-        bitmask, places = self._state.bitmask, self._mask_rows(batch, entries)[masks.entries]
+        masks, bitmask = self.held.masks(batch, entries, make), self._state.bitmask
+        assert masks is not None
         assert bitmask is not None
+        places = self._mask_rows(batch, entries)[masks.entries]
         bitmask[self._device.send(places, np.int64)] = rooms[0].to(bitmask.device, non_blocking=True)
 
     def guessed(self, batch: Batch) -> tuple[IntArray, IntArray, IntArray]:

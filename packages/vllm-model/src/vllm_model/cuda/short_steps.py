@@ -61,14 +61,7 @@ class ShortSteps:
         forward, rows, sampler, plans: What the steps are made of.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        forward: Forward,
-        rows: DeviceRows,
-        sampler: DeviceSampler,
-        plans: DecodePlans,
-    ) -> None:
+    def __init__(self, device: Device, forward: Forward, rows: DeviceRows, sampler: DeviceSampler, plans: DecodePlans) -> None:
         self._device, self._forward, self._rows, self._sampler, self._plans = device, forward, rows, sampler, plans
         most = rows.max_num_seqs
         self._sizes = [*(size for size in SIZES if size < most), most]

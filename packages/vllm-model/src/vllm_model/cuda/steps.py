@@ -24,8 +24,7 @@ from vllm_traits.backend import CompletedStep
 from vllm_traits.batch import Batch
 
 GRAPHS_ON_DEMAND = 128
-"""Room for so many graphs besides the widest: those of every size, and of other ways to sample as they come.
-Steps with a grammar take two."""
+"""Room for so many graphs besides the widest: those of every size, and of other ways to sample as they come."""
 SPARE_BYTES = 768 << 20
 """For what libraries take when they meet a shape for the first time."""
 MAX_DRAFT_TOKENS = MOST_GUESSES

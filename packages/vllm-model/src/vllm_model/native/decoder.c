@@ -346,7 +346,7 @@ int product(const Product *w, int dot, const float *x, int rows, float *out) {
     return 0;
 }
 
-// Give back what steps kept, to the machine where the C library can.
+// Give back what steps kept; with glibc to the machine.
 void release(void) {
     pthread_mutex_lock(&step_lock);
     free(arena);
